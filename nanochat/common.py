@@ -1,0 +1,161 @@
+"""Where files live, how they are written, and what this machine is. No torch here: retrieval and the CLIs share it."""
+
+import contextlib
+import datetime
+import errno
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nanochat.config import UserError
+
+REPO_DIR = Path(__file__).resolve().parent.parent
+
+
+def base_dir() -> Path:
+    """$NANOCHAT_BASE_DIR, default ~/.cache/nanochat: data, tokenizer, checkpoints, report."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat")
+
+
+def data_dir() -> Path | None:
+    """Folder of real data: $NANOCHAT_DATA, else ../shared/data beside the repo where that exists, else None."""
+    given = os.environ.get("NANOCHAT_DATA")
+    if given and not Path(given).is_dir():
+        raise UserError(f"NANOCHAT_DATA={given} is not a folder: point it at the data, or unset it")
+    default = REPO_DIR.parent / "shared" / "data"
+    return Path(given) if given else default if default.is_dir() else None
+
+
+def run_script(main: Callable[[list[str]], None]) -> None:
+    """Run a script's main(argv). A UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
+    try:
+        main(sys.argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "wb") -> Iterator[Any]:
+    """Open a temporary file beside `path`; on success flush, fsync and rename it over `path`, on error remove it."""
+    path = Path(path)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, mode, encoding=None if "b" in mode else "utf-8") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+        fsync_dir(path.parent)
+    except OSError as e:
+        raise_disk_error(e, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def raise_disk_error(e: OSError, path: Path) -> None:
+    """Turn a full disk or a read-only folder into a UserError naming folder and cure; re-raise anything else."""
+    if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        raise UserError(f"no space left writing {path}: free space, or set NANOCHAT_BASE_DIR elsewhere") from e
+    if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        raise UserError(
+            f"cannot write {path} ({os.strerror(e.errno)}): set NANOCHAT_BASE_DIR to a writable folder"
+        ) from e
+    raise e
+
+
+def fsync_dir(path: Path) -> None:
+    """Make a rename in `path` survive a power cut."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with atomic_write(path, "w") as f:
+        json.dump(value, f, indent=1, ensure_ascii=False)
+        f.write("\n")
+
+
+def read_json(path: Path, what: str = "file") -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{what} {path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{what} {path} is not valid JSON ({e}): restore it or make it again") from e
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def git_state() -> dict[str, str]:
+    """{"commit", "branch", "dirty"}, empty outside a git checkout."""
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=REPO_DIR, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        commit = git("rev-parse", "--short", "HEAD")
+        if not commit:
+            return {}
+        dirty = "yes" if git("status", "--porcelain") else "no"
+        return {"commit": commit, "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+
+
+def cpu_flags() -> set[str]:
+    """Instruction-set flags of the CPU (Linux), empty elsewhere."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.partition(":")[2].split())
+    except OSError:
+        pass
+    return set()
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (AVX-512 BF16 or AMX): about twice float32's speed."""
+    return bool({"avx512_bf16", "amx_bf16"} & cpu_flags())
+
+
+def machine_info() -> dict[str, Any]:
+    """What a benchmark or report says of the machine: CPU, cores, memory, system. The GPU is the caller's to add."""
+    model = next(
+        (x.partition(":")[2].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), platform.machine()
+    )
+    total = next((int(x.split()[1]) for x in _lines("/proc/meminfo") if x.startswith("MemTotal")), 0)
+    fast = sorted({"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"} & cpu_flags())
+    return {
+        "cpu": model,
+        "cpu_features": fast,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": round(total / 2**20, 1),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
