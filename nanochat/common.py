@@ -68,9 +68,7 @@ def raise_disk_error(e: OSError, path: Path) -> None:
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         raise UserError(f"no space left writing {path}: free space, or set NANOCHAT_BASE_DIR elsewhere") from e
     if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        raise UserError(
-            f"cannot write {path} ({os.strerror(e.errno)}): set NANOCHAT_BASE_DIR to a writable folder"
-        ) from e
+        raise UserError(f"cannot write {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from e
     raise e
 
 

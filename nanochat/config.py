@@ -62,7 +62,7 @@ def load_config(cls: type[T], argv: Sequence[str] = ()) -> T:
     if missing:
         raise UserError(f"missing required key --{missing[0]}: pass --{missing[0]}=VALUE (see --help)")
     try:
-        return cls(**values)
+        return cls(**values)  # pyrefly: ignore[bad-return]
     except ValueError as e:
         raise UserError(str(e)) from e
 

@@ -1,0 +1,182 @@
+"""Attention block: grouped-query causal attention with RoPE and QK norm, then a ReLU^2 MLP, both pre-norm.
+
+Optional per config: a sliding window on some layers (arXiv 2004.05150), gated value embeddings (as in modded-nanogpt,
+after arXiv 2410.17897).
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, linear_flops
+from nanochat.layers import MLP, Linear, init_uniform, norm
+from nanochat.ops import attention_mask, rotate
+
+GATE_CHANNELS = 32  # channels of x that set the gate of the value embedding
+
+
+class AttentionState(BlockState):
+    """Keys and values of the last `capacity` tokens of each row, a ring buffer: slot = position mod capacity."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v  # (B, G, capacity, K)
+
+    @property
+    def capacity(self) -> int:
+        return self.k.size(2)
+
+    def select(self, rows: Tensor) -> "AttentionState":
+        rows = rows.to(self.k.device)
+        return AttentionState(self.k.index_select(0, rows), self.v.index_select(0, rows))
+
+    def bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes
+
+    def slot_positions(self, pos: Tensor, n_slots: int) -> Tensor:
+        """Which position each of the first n_slots holds after pos tokens, (B, n_slots); negative where empty."""
+        last = pos[:, None] - 1
+        return last - (last - torch.arange(n_slots, device=pos.device)) % self.capacity
+
+    def append(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store one token per row, k, v: (B, G, 1, K) -> keys and values (B, G, S, K) to attend to, and their mask."""
+        assert ctx.pos is not None
+        p = ctx.uniform_pos
+        used = min(int(ctx.pos.max()) + 1, self.capacity)
+        if p is not None:
+            slot = p % self.capacity
+            self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
+            return self.k[:, :, :used], self.v[:, :, :used], None
+        rows, slots = torch.arange(k.size(0)), ctx.pos % self.capacity
+        self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+        mask = ctx.memo.get(("append", self.capacity))
+        if mask is None:
+            mask = ctx.memo["append", self.capacity] = (self.slot_positions(ctx.pos + 1, used) >= 0)[:, None, None].to(
+                k.device
+            )  # (B, 1, 1, S)
+        return self.k[:, :, :used], self.v[:, :, :used], mask
+
+    def extend(self, k: Tensor, v: Tensor, ctx: Context, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store T tokens per row, k, v: (B, G, T, K) -> what they attend to, (B, G, S + T, K), and its mask.
+
+        A ring may drop what the first of the new tokens still sees, so the answer is the old content, then the new.
+        """
+        assert ctx.pos is not None
+        used = min(int(ctx.pos.max()), self.capacity)
+        keys, values = torch.cat((self.k[:, :, :used], k), 2), torch.cat((self.v[:, :, :used], v), 2)
+        mask = ctx.memo.get(("extend", window, self.capacity))
+        if mask is None:
+            old = self.slot_positions(ctx.pos, used).to(k.device)
+            mask = attention_mask(ctx.q_pos, torch.cat((old, ctx.q_pos), 1), window, None, None)
+            ctx.memo["extend", window, self.capacity] = mask
+        self.write(k, v, ctx)
+        return keys, values, mask
+
+    def write(self, k: Tensor, v: Tensor, ctx: Context) -> None:
+        """Store the valid ones of T tokens per row; pads never enter."""
+        assert ctx.pos is not None
+        T, p = k.size(2), ctx.uniform_pos
+        if ctx.lengths is None and p is not None and p + T <= self.capacity:
+            self.k[:, :, p : p + T], self.v[:, :, p : p + T] = k, v
+            return
+        lengths = torch.full_like(ctx.pos, T) if ctx.lengths is None else ctx.lengths
+        t = torch.arange(T)
+        valid = (t < lengths[:, None]) & (t >= lengths[:, None] - self.capacity)  # (B, T)
+        rows, cols = valid.nonzero(as_tuple=True)
+        slots = (ctx.pos[rows] + cols) % self.capacity
+        self.k[rows, :, slots], self.v[rows, :, slots] = k[rows, :, cols], v[rows, :, cols]
+
+
+class Attention(nn.Module):
+    """Multi-head attention with G = n_kv_head groups of keys and values. (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: GPTConfig, window: int, has_value_embedding: bool) -> None:
+        super().__init__()
+        D, self.n_head, self.n_kv_head, self.head_dim = config.d_model, config.n_head, config.kv_heads, config.head_dim
+        self.window = window
+        self.c_q = Linear(D, self.n_head * self.head_dim)
+        self.c_k = Linear(D, self.n_kv_head * self.head_dim)
+        self.c_v = Linear(D, self.n_kv_head * self.head_dim)
+        self.c_proj = Linear(self.n_head * self.head_dim, D)
+        self.value_embed = self.value_gate = None
+        if has_value_embedding:
+            self.value_embed = nn.Embedding(config.vocab_size, self.n_kv_head * self.head_dim)
+            self.value_gate = Linear(min(GATE_CHANNELS, D), self.n_kv_head)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        for linear in (self.c_q, self.c_k, self.c_v):
+            init_uniform(linear.weight, generator)
+        nn.init.zeros_(self.c_proj.weight)
+        if self.value_embed is not None and self.value_gate is not None:
+            init_uniform(self.value_embed.weight, generator, std=self.c_v.weight.size(1) ** -0.5)
+            nn.init.zeros_(self.value_gate.weight)
+
+    def forward(self, x: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
+        B, T, _ = x.shape
+        H, G, K = self.n_head, self.n_kv_head, self.head_dim
+        q = self.c_q(x).view(B, T, H, K)
+        k = self.c_k(x).view(B, T, G, K)
+        v = self.c_v(x).view(B, T, G, K)
+        if self.value_embed is not None and self.value_gate is not None:
+            gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, G)
+            v = v + gate[..., None] * self.value_embed(ctx.ids).view(B, T, G, K).to(v.dtype)
+        cos, sin = ctx.cos.to(q.dtype), ctx.sin.to(q.dtype)
+        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
+        return self.c_proj(self.attend(q, k, v, ctx, state).transpose(1, 2).reshape(B, T, H * K))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
+        """q: (B, H, T, K), k, v: (B, G, T, K) -> (B, H, T, K)."""
+        if state is None:
+            return ctx.kernels.self_attention(q, k, v, self.window, ctx.doc, ctx.memo)
+        if ctx.uniform_pos == 0:  # nothing stored yet: pads stand behind every token that could see them
+            state.write(k, v, ctx)
+            return ctx.kernels.self_attention(q, k, v, self.window, None, ctx.memo)
+        if q.size(2) == 1 and ctx.lengths is None:
+            k, v, mask = state.append(k, v, ctx)
+        else:
+            k, v, mask = state.extend(k, v, ctx, self.window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+
+
+class AttentionBlock(Block):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx)
+        names = config.block_pattern or ["attn"] * config.n_layer
+        ordinal, n_attn = names[:layer_idx].count("attn"), names.count("attn")
+        last = ordinal == n_attn - 1
+        short = config.window_pattern[ordinal % len(config.window_pattern)] == "S" and not last
+        window = (config.window or max(1, config.seq_len // 4)) if short else 0
+        self.attn = Attention(config, window, config.value_embeddings and (n_attn - 1 - ordinal) % 2 == 0)
+        self.mlp = MLP(config.d_model, config.mlp_ratio * config.d_model)
+
+    def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
+        assert state is None or isinstance(state, AttentionState)
+        x = x + self.attn(norm(x), ctx, state)
+        return x + self.mlp(norm(x))
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        self.attn.init_weights(generator)
+        self.mlp.init_weights(generator)
+
+    def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
+        window = self.attn.window
+        shape = (batch, self.attn.n_kv_head, min(max_len, window) if window else max_len, self.attn.head_dim)
+        return AttentionState(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "scalar": []}
+        for name, p in self.named_parameters():
+            role = {"value_embed": "embedding", "value_gate": "scalar"}.get(name.split(".")[-2], "matrix")
+            groups[role].append(p)
+        return groups
+
+    def flops_per_token(self, seq_len: int) -> int:
+        seen = min(seq_len, self.attn.window or seq_len)
+        return linear_flops(self) + 12 * self.attn.n_head * self.attn.head_dim * seen
+
+    def state_bytes(self, context_len: int) -> int:
+        kept = min(context_len, self.attn.window or context_len)
+        return 2 * 2 * self.attn.n_kv_head * self.attn.head_dim * kept

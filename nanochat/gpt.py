@@ -1,0 +1,211 @@
+"""The GPT core: embedding -> blocks by pattern -> head. It assembles, carries the position, and knows no block by name.
+
+After nanochat (Karpathy, 2025): parameter-free RMSNorm, untied embeddings, no biases. Weights are float32 masters;
+matrices multiply in `compute_dtype`, the residual stream is float32 on a CPU and compute_dtype elsewhere.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from nanochat import kernels as kernels_module
+from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
+from nanochat.config import UserError
+from nanochat.layers import Linear, Rotary, init_normal, norm, set_compute_dtype
+from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
+
+__all__ = ["GPT", "GPTConfig", "ModelState"]
+
+
+@dataclass
+class ModelState:
+    """What decoding remembers: one state per block and the position of each row, advanced once per forward."""
+
+    layers: list[BlockState]
+    pos: Tensor  # (B,) long, on the CPU: tokens seen by each row
+    max_len: int
+
+    def select(self, rows: Tensor) -> "ModelState":
+        """The given rows, in that order; rows may repeat. (n,) long -> state of n rows."""
+        rows = rows.cpu()
+        return ModelState([s.select(rows) for s in self.layers], self.pos[rows], self.max_len)
+
+    def repeat(self, n: int) -> "ModelState":
+        """Row i becomes rows i*n .. i*n + n-1: many samples from one prefill."""
+        return self.select(torch.arange(len(self.pos)).repeat_interleave(n))
+
+    def bytes(self) -> int:
+        """Memory of all rows together."""
+        return sum(s.bytes() for s in self.layers)
+
+
+class GPT(nn.Module):
+    """A language model over any stack of registered blocks.
+
+    May be built under torch.device("meta"), moved with to_empty(), then initialised with init_weights().
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        names = resolve_pattern(config.block_pattern, config.n_layer)
+        self.config = config = dataclasses.replace(config, block_pattern=names)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(build(name, config, i) for i, name in enumerate(names))
+        self.head = Linear(config.d_model, config.vocab_size)
+        if config.residual_scalars:
+            self.x_scale = nn.Parameter(torch.empty(config.n_layer))
+            self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
+        self.rotary = Rotary(config.head_dim, config.rope_base)
+        self.kernels = kernels_module.choose("reference", torch.device("cpu"))
+
+    def init_weights(self, seed: int = 0) -> None:
+        """Set every parameter; the same seed gives the same weights on every device.
+
+        Embedding N(0, 1), head N(0, 0.001): logits start near zero and the loss near log(vocab_size).
+        """
+        generator = torch.Generator().manual_seed(seed)
+        init_normal(self.embed.weight, generator, std=1.0)
+        init_normal(self.head.weight, generator, std=0.001)
+        if self.config.residual_scalars:
+            nn.init.ones_(self.x_scale)
+            nn.init.zeros_(self.x0_scale)
+        for block in self.layers:
+            block.init_weights(generator)
+
+    def set_compute(self, dtype: torch.dtype, kernels: str = "auto") -> str:
+        """Choose the multiplication dtype and the kernels for the device the weights are on. Returns the reason."""
+        set_compute_dtype(self, dtype)
+        self.kernels = kernels_module.choose(kernels, self.device)
+        return self.kernels.reason
+
+    @property
+    def layers(self) -> list[Block]:
+        return list(self.blocks)  # pyrefly: ignore
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.head.compute_dtype
+
+    def init_state(self, batch: int, max_len: int) -> ModelState:
+        """An empty state for `batch` sequences of up to max_len tokens."""
+        layers = [b.init_state(batch, max_len, self.device, self.compute_dtype) for b in self.layers]
+        return ModelState(layers, torch.zeros(batch, dtype=torch.long), max_len)
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        loss_reduction: str = "mean",
+        doc: Tensor | None = None,
+        state: ModelState | None = None,
+        lengths: Tensor | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """ids (B, T) -> logits (B, T, V) float32; with targets (B, T), -1 = none, the cross-entropy in nats.
+
+        loss_reduction: "mean" over targets (0 when there is none), "sum", or "none" for (B, T).
+        doc: (B, T) document index of packed rows; no block lets documents see each other.
+        state: continue its sequences and advance it by T, or by lengths (B,) when rows are right-padded.
+        last_only: logits of the last (valid) token of each row only, (B, 1, V).
+        """
+        x = self.hidden(ids, doc=doc, state=state, lengths=lengths)  # (B, T, D)
+        if targets is not None:
+            return self.loss(x, targets, loss_reduction)
+        if last_only:
+            x = x[:, -1:] if lengths is None else x[torch.arange(len(lengths)), lengths.to(x.device) - 1][:, None]
+        return cap_logits(self.head(x).float(), self.config.softcap)
+
+    def hidden(
+        self, ids: Tensor, *, doc: Tensor | None = None, state: ModelState | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """The normed output of the last block, ids (B, T) -> (B, T, D)."""
+        ctx = self.context(ids, doc, state, lengths)
+        x = norm(self.embed(ids).to(self.residual_dtype))
+        x0 = x
+        for i, block in enumerate(self.blocks):
+            if self.config.residual_scalars:
+                x = self.x_scale[i] * x + self.x0_scale[i] * x0
+            x = block(x, ctx, None if state is None else state.layers[i])
+        if state is not None:
+            state.pos = state.pos + (ids.size(1) if lengths is None else lengths.cpu())
+        return norm(x)
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """float32 on a CPU, where its norm is 6x faster than bfloat16's and costs no bandwidth that matters."""
+        return torch.float32 if self.device.type == "cpu" else self.compute_dtype
+
+    def context(self, ids: Tensor, doc: Tensor | None, state: ModelState | None, lengths: Tensor | None) -> Context:
+        """Positions, rotary tables and masks of one forward."""
+        T = ids.size(1)
+        pos = None if state is None else state.pos
+        longest = T if pos is None else int(pos.max()) + T
+        if state is not None and longest > state.max_len:
+            raise UserError(f"{longest} tokens do not fit a state made for {state.max_len}: ask init_state for more")
+        cos, sin = self.rotary.tables(longest, ids)
+        if pos is None:
+            cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, K/2)
+        elif bool((pos == pos[0]).all()):
+            first = int(pos[0])
+            cos, sin = cos[None, first : first + T, None], sin[None, first : first + T, None]
+        else:
+            index = (pos[:, None] + torch.arange(T)).to(ids.device)
+            cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, K/2)
+        cpu_lengths = None if lengths is None else lengths.cpu()
+        return Context(ids, cos, sin, self.kernels, doc, pos, cpu_lengths)
+
+    def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """x: (B, T, D), targets: (B, T) -> cross-entropy in nats."""
+        flat, y = x.flatten(0, 1).to(self.compute_dtype), targets.flatten()
+        weight, softcap = self.head.cast_weight(), self.config.softcap
+        if reduction == "none" or not torch.is_grad_enabled():
+            rows = linear_cross_entropy_rows(flat, weight, y, softcap)
+            if reduction == "none":
+                return rows.view_as(targets)
+            total = rows.sum()
+        else:
+            total = linear_cross_entropy(flat, weight, y, softcap)
+        if reduction == "sum":
+            return total
+        if reduction == "mean":
+            return total / (y >= 0).sum().clamp_min(1)
+        raise ValueError(f"loss_reduction={reduction!r}: expected mean, sum or none")
+
+    def param_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Role -> parameters, each parameter in exactly one role: matrix, embedding, unembedding, scalar."""
+        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "unembedding": [], "scalar": []}
+        groups["embedding"] += [self.embed.weight]  # pyrefly: ignore
+        groups["unembedding"] += [self.head.weight]  # pyrefly: ignore
+        if self.config.residual_scalars:
+            groups["scalar"] += [self.x_scale, self.x0_scale]
+        for block in self.layers:
+            for role, params in block.param_groups().items():
+                groups[role] += params
+        assigned = [id(p) for params in groups.values() for p in params]
+        assert len(assigned) == len(set(assigned)) == len(list(self.parameters())), (
+            "a parameter is in no group or in two"
+        )
+        return groups
+
+    def flops_per_token(self, seq_len: int | None = None) -> int:
+        """Forward + backward FLOPs per token (PaLM, arXiv 2204.02311, appendix B)."""
+        seq_len = seq_len or self.config.seq_len
+        return 6 * self.head.weight.numel() + sum(b.flops_per_token(seq_len) for b in self.layers)
+
+    def state_bytes(self, context_len: int) -> int:
+        """Bytes one sequence of this length keeps for decoding in bfloat16."""
+        return sum(b.state_bytes(context_len) for b in self.layers)
+
+    def n_params(self) -> dict[str, int]:
+        """Parameter counts: embedding tables, head, the rest (what multiplies), total."""
+        tables = sum(p.numel() for m in self.modules() if isinstance(m, nn.Embedding) for p in m.parameters())
+        head, total = self.head.weight.numel(), sum(p.numel() for p in self.parameters())
+        return {"embedding": tables, "head": head, "blocks": total - tables - head, "total": total}

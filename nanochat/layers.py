@@ -1,0 +1,98 @@
+"""Layers shared by blocks: a Linear with an explicit dtype, the norm, the MLP, rotary tables."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear(nn.Linear):
+    """y = x W^T without bias, multiplied in `compute_dtype`; the weight itself stays float32 (the master copy).
+
+    Without autocast: whoever reads a model sees where precision changes. Outside autograd the cast weight is kept until
+    the optimizer changes the master copy, so decoding does not cast again at every token.
+    """
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out, bias=False)
+        self.compute_dtype = torch.float32
+        self._cast: Tensor | None = None
+        self._cast_of: tuple[int, int] | None = None
+
+    def cast_weight(self) -> Tensor:
+        """The weight in compute_dtype, (d_out, d_in)."""
+        weight = self.weight
+        if weight.dtype == self.compute_dtype:
+            return weight
+        if torch.is_grad_enabled() or weight.is_inference():
+            return weight.to(self.compute_dtype)
+        version = (weight.data_ptr(), weight._version)
+        if self._cast is None or self._cast_of != version or self._cast.dtype != self.compute_dtype:
+            self._cast, self._cast_of = weight.detach().to(self.compute_dtype), version
+        return self._cast
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., d_in) -> (..., d_out) in compute_dtype."""
+        return F.linear(input.to(self.compute_dtype), self.cast_weight())
+
+
+def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Every Linear below `module` multiplies in `dtype` from now on."""
+    for m in module.modules():
+        if isinstance(m, Linear):
+            m.compute_dtype = dtype
+
+
+def norm(x: Tensor) -> Tensor:
+    """Parameter-free RMSNorm over the last axis (arXiv 1910.07467)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class MLP(nn.Module):
+    """x W_fc -> ReLU^2 -> W_proj (Primer, arXiv 2109.08668). (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, d_model: int, d_hidden: int) -> None:
+        super().__init__()
+        self.c_fc = Linear(d_model, d_hidden)
+        self.c_proj = Linear(d_hidden, d_model)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Uniform with variance 1 / d_model in, zero out: a fresh block adds nothing to the residual stream."""
+        init_uniform(self.c_fc.weight, generator)
+        nn.init.zeros_(self.c_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+@torch.no_grad()
+def init_uniform(weight: Tensor, generator: torch.Generator, std: float | None = None) -> None:
+    """Uniform with the given standard deviation, default d_in^-0.5 (no outliers, unlike a normal of that deviation)."""
+    bound = 3**0.5 * (weight.size(-1) ** -0.5 if std is None else std)
+    weight.copy_(torch.rand(weight.shape, generator=generator).mul_(2 * bound).sub_(bound))
+
+
+@torch.no_grad()
+def init_normal(weight: Tensor, generator: torch.Generator, std: float) -> None:
+    """Normal(0, std), drawn on the CPU so that every device starts from the same weights."""
+    weight.copy_(torch.randn(weight.shape, generator=generator).mul_(std))
+
+
+class Rotary:
+    """Tables of cos and sin by absolute position, grown on demand. Not a module: nothing here is learned or stored."""
+
+    def __init__(self, head_dim: int, base: float) -> None:
+        self.head_dim, self.base = head_dim, base
+        self._tables: tuple[Tensor, Tensor] | None = None
+
+    def tables(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos, sin for positions 0..length-1: each (length, K/2) float32 on the device of `like`."""
+        tables = self._tables
+        if tables is None or tables[0].size(0) < length or tables[0].device != like.device:
+            length = max(length, 256)
+            length = 1 << (length - 1).bit_length()
+            freq = self.base ** (-torch.arange(0, self.head_dim, 2, device=like.device) / self.head_dim)
+            with torch.inference_mode(False):  # made while sampling, used again while training
+                angle = torch.arange(length, device=like.device)[:, None] * freq  # (length, K/2)
+                tables = self._tables = (angle.cos(), angle.sin())
+        return tables

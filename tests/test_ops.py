@@ -1,0 +1,73 @@
+"""ops.py against torch's own operations."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import ops
+from nanochat.ops import attention_blocks, attention_mask, block_attention, linear_cross_entropy
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("n", [1, 511, 1030])
+def test_linear_cross_entropy_equals_torch(n: int, softcap: float) -> None:
+    torch.manual_seed(0)
+    x, w = torch.randn(n, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    y = torch.randint(-1, 50, (n,))
+    loss = linear_cross_entropy(x, w, y, softcap)
+    got = torch.autograd.grad(3 * loss, (x, w))
+    ref = F.cross_entropy(ops.cap_logits(x @ w.t(), softcap), y, ignore_index=-1, reduction="sum")
+    want = torch.autograd.grad(3 * ref, (x, w))
+    torch.testing.assert_close(loss, ref, rtol=1e-5, atol=1e-4)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_cross_entropy_without_any_target_is_zero_with_zero_gradient() -> None:
+    x, w = torch.randn(8, 4, requires_grad=True), torch.randn(10, 4, requires_grad=True)
+    loss = linear_cross_entropy(x, w, torch.full((8,), -1))
+    gx, gw = torch.autograd.grad(loss, (x, w))
+    assert loss == 0 and not gx.any() and not gw.any()
+
+
+def test_cross_entropy_rows_equal_torch() -> None:
+    torch.manual_seed(0)
+    x, w, y = torch.randn(700, 16), torch.randn(50, 16), torch.randint(-1, 50, (700,))
+    want = F.cross_entropy(x @ w.t(), y, ignore_index=-1, reduction="none")
+    torch.testing.assert_close(ops.linear_cross_entropy_rows(x, w, y), want)
+
+
+@pytest.mark.parametrize("window", [0, 5, 300])
+@pytest.mark.parametrize("packed", [False, True])
+def test_block_attention_equals_masked_sdpa(window: int, packed: bool) -> None:
+    torch.manual_seed(0)
+    B, H, T, K = 2, 3, 600, 8
+    q, k, v = (torch.randn(B, H, T, K, requires_grad=True) for _ in range(3))
+    doc = torch.randint(0, 5, (B, T)).sort(1).values if packed else None
+    out = block_attention(q, k, v, attention_blocks(T, window, doc, q))
+    pos = torch.arange(T)[None]
+    mask = attention_mask(pos, pos, window, doc, doc)
+    ref = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(out, ref, rtol=1e-5, atol=1e-5)
+    g = torch.randn_like(out)
+    for a, b in zip(torch.autograd.grad(out, (q, k, v), g), torch.autograd.grad(ref, (q, k, v), g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_mask_shows_what_the_definition_says() -> None:
+    doc = torch.tensor([[0, 0, 1, 1, 1]])
+    mask = attention_mask(torch.arange(5)[None], torch.tensor([[0, 1, 2, 3, -1]]), 2, doc, doc)[0, 0]
+    want = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 1, 0]]
+    assert mask.int().tolist() == want
+
+
+def test_rotate_depends_on_relative_position_only() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8).unbind(0)
+    freq = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+
+    def at(x: torch.Tensor, pos: int) -> torch.Tensor:
+        return ops.rotate(x, (pos * freq).cos(), (pos * freq).sin())
+
+    near, far = (at(q, 3) * at(k, 1)).sum(), (at(q, 103) * at(k, 101)).sum()
+    torch.testing.assert_close(near, far, rtol=1e-4, atol=1e-4)
