@@ -169,7 +169,12 @@ _BOOLS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no"
 
 def _parse(key: str, text: str, hint: Any) -> Any:
     """Command-line text -> value of the field's type."""
-    for t in _options(hint):
+    options = sorted(_options(hint), key=lambda t: t is not type(None))  # "none" is None before it is a string
+    if str in options and text.startswith("["):  # list|str: brackets make a list, anything else stays a string
+        options = [t for t in options if t is not str]
+    elif str in options:
+        options = [t for t in options if (get_origin(t) or t) is not list]
+    for t in options:
         value = _parse_one(text, t)
         if value is not _NO:
             return value

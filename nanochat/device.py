@@ -1,5 +1,6 @@
 """The device, the compute dtype and the ranks of a run: the only place that asks torch what this machine can do."""
 
+import atexit
 import datetime
 import os
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def init_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+        atexit.register(dist.destroy_process_group)
     return ranks, device
 
 

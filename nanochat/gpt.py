@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat import kernels as kernels_module
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
 from nanochat.config import UserError
-from nanochat.layers import Linear, Rotary, init_normal, norm, set_compute_dtype
+from nanochat.layers import Embedding, Linear, Rotary, init_normal, norm, set_compute_dtype
 from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
 
 __all__ = ["GPT", "GPTConfig", "ModelState"]
@@ -52,7 +52,7 @@ class GPT(nn.Module):
         super().__init__()
         names = resolve_pattern(config.block_pattern, config.n_layer)
         self.config = config = dataclasses.replace(config, block_pattern=names)
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(build(name, config, i) for i, name in enumerate(names))
         self.head = Linear(config.d_model, config.vocab_size)
         if config.residual_scalars:

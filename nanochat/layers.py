@@ -9,31 +9,43 @@ from torch import Tensor
 class Linear(nn.Linear):
     """y = x W^T without bias, multiplied in `compute_dtype`; the weight itself stays float32 (the master copy).
 
-    Without autocast: whoever reads a model sees where precision changes. Outside autograd the cast weight is kept until
-    the optimizer changes the master copy, so decoding does not cast again at every token.
+    Without autocast: whoever reads a model sees where precision changes. In eval mode and outside autograd the cast
+    weight is kept, so decoding does not cast again at every token; train() drops it, because the weights will change.
     """
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__(d_in, d_out, bias=False)
         self.compute_dtype = torch.float32
         self._cast: Tensor | None = None
-        self._cast_of: tuple[int, int] | None = None
+
+    def reset_parameters(self) -> None:
+        """Nothing: init_weights() of the owner sets every weight."""
 
     def cast_weight(self) -> Tensor:
         """The weight in compute_dtype, (d_out, d_in)."""
         weight = self.weight
         if weight.dtype == self.compute_dtype:
             return weight
-        if torch.is_grad_enabled() or weight.is_inference():
+        if self.training or torch.is_grad_enabled():
             return weight.to(self.compute_dtype)
-        version = (weight.data_ptr(), weight._version)
-        if self._cast is None or self._cast_of != version or self._cast.dtype != self.compute_dtype:
-            self._cast, self._cast_of = weight.detach().to(self.compute_dtype), version
+        if self._cast is None or self._cast.dtype != self.compute_dtype or self._cast.device != weight.device:
+            self._cast = weight.detach().to(self.compute_dtype)
         return self._cast
+
+    def train(self, mode: bool = True) -> "Linear":
+        self._cast = None
+        return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out) in compute_dtype."""
         return F.linear(input.to(self.compute_dtype), self.cast_weight())
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, (n, d), float32; its owner's init_weights() fills it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in Linear."""
 
 
 def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:

@@ -88,7 +88,7 @@ class MuonAdamW:
         rows, world = param.size(0), self.ranks.world_size
         size = -(-rows // world)
         lo, hi = min(self.ranks.rank * size, rows), min((self.ranks.rank + 1) * size, rows)
-        shard = param.data[lo:hi]
+        shard = param.detach()[lo:hi]
         if shard.numel():
             self.shards[f"{name}[{lo}:{hi}]"] = shard
         self._shard_of.append((param, shard, lo, hi))
@@ -124,11 +124,11 @@ class MuonAdamW:
         """Every rank sends what it owns: matrices one by one, sliced parameters slice by slice."""
         for m in self.matrices:
             for i, p in enumerate(m.params):
-                dist.broadcast(p.data, src=i % self.ranks.world_size)
+                dist.broadcast(p.detach(), src=i % self.ranks.world_size)
         for param, _, _, _ in self._shard_of:
             size = -(-param.size(0) // self.ranks.world_size)
             for r in range(self.ranks.world_size):
-                part = param.data[r * size : (r + 1) * size]
+                part = param.detach()[r * size : (r + 1) * size]
                 if part.numel():
                     dist.broadcast(part, src=r)
 

@@ -93,6 +93,9 @@ from nanochat.optim import MuonAdamW
 from tests.test_optim import CONFIG, LRS
 ranks, _ = init_ranks(torch.device("cpu"))
 model = GPT(CONFIG); model.init_weights(0)
+generator = torch.Generator().manual_seed(0)
+for p in model.parameters():  # at zero some gradients are pure rounding, which AdamW would magnify
+    p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
 optimizer = MuonAdamW(model, model.param_groups(), LRS, ranks=ranks)
 ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
 own = ids[ranks.rank :: ranks.world_size]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, linear_flops
-from nanochat.layers import MLP, Linear, init_uniform, norm
+from nanochat.layers import MLP, Embedding, Linear, init_uniform, norm
 from nanochat.ops import attention_mask, rotate
 
 GATE_CHANNELS = 32  # channels of x that set the gate of the value embedding
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         self.c_proj = Linear(self.n_head * self.head_dim, D)
         self.value_embed = self.value_gate = None
         if has_value_embedding:
-            self.value_embed = nn.Embedding(config.vocab_size, self.n_kv_head * self.head_dim)
+            self.value_embed = Embedding(config.vocab_size, self.n_kv_head * self.head_dim)
             self.value_gate = Linear(min(GATE_CHANNELS, D), self.n_kv_head)
 
     def init_weights(self, generator: torch.Generator) -> None:

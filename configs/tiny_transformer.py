@@ -1,0 +1,17 @@
+"""4 attention layers, width 256, context 512: 7.3M parameters with a vocabulary of 8,192, for a CPU.
+
+About 3 minutes on 2 cores with bfloat16: python -m scripts.base_train configs/tiny_transformer.py
+"""
+
+depth = 4
+head_dim = 128
+max_seq_len = 512
+softcap = 0.0
+device_batch_size = 8
+total_batch_size = 4096
+num_iterations = 300
+eval_every = 100
+eval_tokens = 65536
+sample_every = 0
+save_every = 50
+model_tag = "tiny"

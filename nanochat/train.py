@@ -1,0 +1,382 @@
+"""What every stage repeats: the run (device, ranks, seed, folder, metrics) and the loop (accumulate, update, clock,
+guard, save, resume). No callbacks, no subclassing: each script keeps its own visible `for step in loop:`.
+
+    for step in loop:
+        if step.due(cfg.eval_every):
+            loop.log(val_bpb=...)
+        if step.due(cfg.save_every):
+            loop.save(cursor)
+        if step.last:
+            break
+        for _ in range(loop.grad_accum):
+            batch = next(batches)
+            loop.backward(model(batch.x, batch.y, doc=batch.doc, loss_reduction="sum"), batch.tokens)
+        loop.update()
+"""
+
+import contextlib
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from nanochat import device as devices
+from nanochat.checkpoint import (
+    Checkpoint,
+    checkpoint_dir,
+    list_steps,
+    load_checkpoint,
+    restore_rng,
+    rng_state,
+    save_checkpoint,
+)
+from nanochat.common import atomic_write
+from nanochat.config import UserError
+from nanochat.device import Ranks, all_reduce_sum
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum
+
+MAX_BAD_STEPS = 10  # updates in a row that may be skipped for a loss or gradient that is not finite
+
+
+@dataclass
+class Run:
+    """One process of one training run: where it computes and where it writes."""
+
+    source: str  # base, mid, sft, rag, refrag, rl
+    model_tag: str
+    device: torch.device
+    dtype: torch.dtype
+    ranks: Ranks
+    dir: Path
+    tracker: Any = None
+
+    @classmethod
+    def start(
+        cls,
+        source: str,
+        model_tag: str,
+        *,
+        device: str = "",
+        dtype: str = "auto",
+        seed: int = 42,
+        run: str = "dummy",
+        track: str = "none",
+        config: dict[str, Any] | None = None,
+    ) -> "Run":
+        """Pick the device, join the ranks, seed everything, open the tracker that was asked for."""
+        ranks, chosen = devices.init_ranks(devices.pick_device(device))
+        compute = devices.pick_dtype(dtype, chosen)
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        if chosen.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        tracker = _tracker(track, run, source, config or {}) if ranks.main else None
+        self = cls(source, model_tag, chosen, compute, ranks, checkpoint_dir(source, model_tag), tracker)
+        self.print(f"device: {devices.describe_device(chosen, compute)}, {ranks.world_size} rank(s)")
+        return self
+
+    def print(self, text: str) -> None:
+        """Only rank 0 talks; never in the middle of a progress bar."""
+        if self.ranks.main:
+            tqdm.write(text, file=sys.stdout)
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.dir / "metrics.jsonl"
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Append one row to metrics.jsonl (rank 0) and hand it to the tracker."""
+        if not self.ranks.main:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        with open(self.metrics_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        if self.tracker is not None:
+            self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    def forget_after(self, step: int) -> None:
+        """Drop metrics of steps that will be done again, and a line cut by a kill; -1 = all of them."""
+        if not (self.ranks.main and self.metrics_path.exists()):
+            return
+        kept = []
+        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError, TypeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        with atomic_write(self.metrics_path, "w") as f:
+            f.writelines(kept)
+
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint of this run on this rank, or None."""
+        if not list_steps(self.dir):
+            return None
+        return load_checkpoint(self.dir, rank=self.ranks.rank, world_size=self.ranks.world_size)
+
+    def close(self) -> None:
+        """End the tracker's run."""
+        if self.tracker is not None:
+            self.tracker.finish()
+
+
+def _tracker(track: str, run: str, source: str, config: dict[str, Any]) -> Any:
+    """wandb and trackio share an interface; 'dummy' as run name means neither (nanochat's habit)."""
+    if track == "none" and run != "dummy":
+        track = "wandb"
+    if track == "none" or run == "dummy":
+        return None
+    if track not in ("wandb", "trackio"):
+        raise UserError(f"track={track!r}: expected none, wandb or trackio")
+    try:
+        module = __import__(track)
+    except ImportError:
+        raise UserError(f"{track} is not installed: uv pip install {track}, or --run=dummy for no tracking") from None
+    return module.init(project=f"nanochat-{source}", name=run, config=config) and module
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn of the loop: `number` updates are done, `total` will be."""
+
+    number: int
+    total: int
+    first: bool  # the first turn of this process
+
+    @property
+    def last(self) -> bool:
+        """All updates are done: evaluate, save, break."""
+        return self.number >= self.total
+
+    def due(self, every: int) -> bool:
+        """Every so many steps and at the end; never for every <= 0 except at the end of every=0."""
+        if every < 0:
+            return False
+        return self.last or (every > 0 and self.number % every == 0 and self.number > 0)
+
+
+class Loop:
+    """Iterates over steps. Between two steps the script calls backward() grad_accum times and update() once."""
+
+    def __init__(
+        self,
+        run: Run,
+        model: GPT,
+        optimizer: MuonAdamW,
+        *,
+        num_iterations: int,
+        grad_accum: int = 1,
+        tokens_per_step: int = 0,
+        flops_per_token: int = 0,
+        grad_clip: float = 0.0,
+        schedule: tuple[float, float, float] = (0.0, 0.2, 0.0),
+        log_every: int = 10,
+        keep_last: int = 2,
+        meta: dict[str, Any] | None = None,
+    ) -> None:
+        self.run, self.model, self.optimizer = run, model.train(), optimizer
+        self.num_iterations, self.grad_accum, self.grad_clip = num_iterations, grad_accum, grad_clip
+        self.tokens_per_step, self.flops_per_token, self.schedule = tokens_per_step, flops_per_token, schedule
+        self.log_every, self.keep_last, self.meta = log_every, keep_last, meta or {}
+        self.step, self.bad_steps, self.skipped = 0, 0, 0
+        self.tokens, self.seconds, self.smooth_loss = 0, 0.0, 0.0
+        self._loss = torch.zeros((), device=run.device)
+        self._count = torch.zeros((), device=run.device)
+        self._started: float | None = None
+        self._peak = devices.peak_flops(run.device, run.dtype) * run.ranks.world_size
+        self.last_row: dict[str, Any] = {}  # figures of the last step, for a report
+        self._pending: dict[str, Any] = {}
+        self._rates: list[float] = []
+        self._tokens_of_step = 0
+
+    def __iter__(self) -> Iterator[Step]:
+        """Steps from the current one to the last, with a bar on a terminal. After the last one the script breaks."""
+        self._bar = tqdm(
+            total=self.num_iterations,
+            initial=self.step,
+            disable=not (self.run.ranks.main and sys.stderr.isatty()),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        first = True
+        try:
+            while True:
+                step = Step(self.step, self.num_iterations, first)
+                yield step
+                if step.last:
+                    return
+                assert self.step == step.number + 1, "the script must call loop.update() once per step, or break"
+                first = False
+        finally:
+            self._flush()
+            self._bar.close()
+
+    def backward(self, loss: Tensor, tokens: int) -> None:
+        """Add the gradient of a summed loss over `tokens` targets. The update divides by all tokens of the step."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        if tokens:
+            loss.backward()
+        self._loss += loss.detach()
+        self._count += tokens
+
+    def update(self, progress: float | None = None) -> None:
+        """One optimizer step from what backward() gathered; skipped, and counted, when it is not finite."""
+        loss, grad_norm = self._gather()
+        progress = self.step / max(1, self.num_iterations) if progress is None else progress
+        scale = lr_schedule(progress, *self.schedule)
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step(scale, muon_momentum(self.step))
+            self.bad_steps = 0
+        else:
+            self._skip(loss, grad_norm)
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._clock(loss, grad_norm, scale)
+
+    def _gather(self) -> tuple[float, float]:
+        """Sum gradients, loss and tokens over ranks, divide by tokens, clip. -> (mean loss, gradient norm)."""
+        totals = all_reduce_sum(torch.stack((self._loss, self._count)))
+        self._loss, self._count = torch.zeros_like(self._loss), torch.zeros_like(self._count)
+        loss, tokens = totals.tolist()
+        grads = []
+        for p in self.optimizer.params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads.append(all_reduce_sum(p.grad))
+        torch._foreach_mul_(grads, 1.0 / max(tokens, 1.0))
+        norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+        if self.grad_clip and norm > self.grad_clip:
+            torch._foreach_mul_(grads, self.grad_clip / norm)
+        self._tokens_of_step = int(tokens)
+        return (loss / tokens if tokens else 0.0), norm
+
+    def _skip(self, loss: float, grad_norm: float) -> None:
+        self.bad_steps += 1
+        self.skipped += 1
+        self.run.print(
+            f"step {self.step}: loss {loss}, gradient norm {grad_norm}: update skipped ({self.bad_steps} in a row)"
+        )
+        if self.bad_steps >= MAX_BAD_STEPS:
+            raise UserError(
+                f"{MAX_BAD_STEPS} steps in a row without a finite loss, at step {self.step}: "
+                f"lower --matrix_lr and --embedding_lr, or set --grad_clip=1, and --resume from the last checkpoint"
+            )
+
+    def _clock(self, loss: float, grad_norm: float, scale: float) -> None:
+        devices.synchronize(self.run.device)
+        assert self._started is not None, "update() without backward()"
+        dt, self._started = time.perf_counter() - self._started, None
+        self.seconds += dt
+        self.tokens += self._tokens_of_step
+        self.smooth_loss = loss if self.step == 1 else 0.9 * self.smooth_loss + 0.1 * loss
+        rate = self.tokens_per_step / dt if self.tokens_per_step else self._tokens_of_step / dt
+        row = {
+            "loss": loss,
+            "lr_scale": scale,
+            "grad_norm": grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_s": rate,
+            "dt": dt,
+            "seconds": self.seconds,
+        }
+        if self._peak and self.flops_per_token:
+            row["mfu"] = rate * self.flops_per_token / self._peak
+        if self.skipped:
+            row["skipped"] = self.skipped
+        self._flush()
+        self._pending = {"step": self.step, **row}
+        self.last_row = row
+        self._rates.append(rate)
+        self._bar.update(1)
+        self._bar.set_postfix_str(f"loss {self.smooth_loss:.3f}, {rate:,.0f} tok/s", refresh=False)
+        if self._bar.disable and (self.step % self.log_every == 0 or self.step in (1, self.num_iterations)):
+            left = (self.num_iterations - self.step) * self.seconds / self.step
+            mfu = f", mfu {100 * row['mfu']:.0f}%" if "mfu" in row else ""
+            self.run.print(
+                f"step {self.step}/{self.num_iterations}: loss {self.smooth_loss:.4f}, {rate:,.0f} tok/s{mfu}, "
+                f"{self.seconds:.0f}s, {left:.0f}s left"
+            )
+
+    def median_rate(self) -> float:
+        """Tokens per second of this process's median step."""
+        return statistics.median(self._rates) if self._rates else 0.0
+
+    def log(self, **metrics: float) -> None:
+        """Add evaluation figures to the row of the current step."""
+        self._pending = {"step": self.step, **self._pending, **metrics}
+        self.last_row = {**self.last_row, **metrics}
+        self.run.print(f"step {self.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self.run.record(self._pending)
+        self._pending = {}
+
+    def save(self, state: dict[str, Any] | None = None) -> None:
+        """Save model, optimizer, clock, RNG and the caller's state (a loader cursor) after `step` updates."""
+        self._flush()
+        save_checkpoint(
+            self.run.dir,
+            self.step,
+            model=self.model.state_dict(),
+            optim=self.optimizer.state_tensors(),
+            state={
+                "caller": state or {},
+                "clock": {"tokens": self.tokens, "seconds": self.seconds, "smooth_loss": self.smooth_loss},
+                "skipped": self.skipped,
+                "rng": rng_state(),
+            },
+            meta={"step": self.step, "num_iterations": self.num_iterations, **self.meta},
+            rank=self.run.ranks.rank,
+            world_size=self.run.ranks.world_size,
+            keep_last=self.keep_last,
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Continue from a checkpoint of this run, exactly as if nothing had happened -> the caller's state."""
+        assert checkpoint.model is not None and checkpoint.state is not None
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_tensors(checkpoint.optim or {})
+        state = checkpoint.state
+        self.step = checkpoint.step
+        clock = state["clock"]
+        self.tokens, self.seconds, self.smooth_loss = clock["tokens"], clock["seconds"], clock["smooth_loss"]
+        self.skipped = state["skipped"]
+        restore_rng(state["rng"])
+        self.run.forget_after(self.step)
+        self.run.print(f"resuming {self.run.dir.name} at step {self.step}")
+        return state["caller"]
+
+
+@contextlib.contextmanager
+def memory_advice(device_batch_size: int, seq_len: int) -> Iterator[None]:
+    """Turn running out of memory into the key to lower and the value to try."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        text = str(e)
+        if isinstance(e, RuntimeError) and not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in text:
+            raise
+        if device_batch_size > 1:
+            cure = f"--device_batch_size={device_batch_size // 2} (now {device_batch_size}; the total batch stays)"
+        else:
+            cure = f"--max_seq_len={max(64, seq_len // 2)} (now {seq_len}), or a smaller --depth"
+        raise UserError(f"out of memory: lower {cure}") from e
+
+
+def compile_model(model: GPT) -> Callable[..., Tensor]:
+    """torch.compile of the forward. On a CPU it costs minutes before the first step (docs/LOG.md has the figures)."""
+    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
+    return torch.compile(model, dynamic=False)

@@ -1,0 +1,286 @@
+"""Pretrain a base model on packed text.
+
+python -m scripts.base_train configs/tiny_transformer.py
+torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/transformer_d20.py --device_batch_size=16
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+
+from nanochat.common import git_state, run_script
+from nanochat.config import UserError, load_config
+from nanochat.dataloader import PackedLoader, document_index, val_windows
+from nanochat.dataset import shard_paths
+from nanochat.device import Ranks
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.optim import MuonAdamW
+from nanochat.report import log_stage, plot_metrics
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Loop, Run, compile_model, memory_advice
+
+PROMPTS = ("The capital of", "The river", "She was born in", "If yesterday was Friday, then tomorrow is")
+
+
+@dataclass(frozen=True)
+class BaseTrainConfig:
+    """Pretrain a base model. Sizes are counts, lengths are tokens, rates are per step."""
+
+    # the model
+    depth: Annotated[int, "layers; the width follows: depth * aspect_ratio"] = 20
+    aspect_ratio: Annotated[int, "d_model per layer"] = 64
+    d_model: Annotated[int, "width; 0 = depth * aspect_ratio"] = 0
+    head_dim: Annotated[int, "channels of a head; n_head = d_model / head_dim, rounded up to divide"] = 128
+    n_head: Annotated[int, "heads; 0 = from head_dim"] = 0
+    n_kv_head: Annotated[int, "key/value heads; 0 = n_head"] = 0
+    block_pattern: Annotated[list | str | None, "block of each layer, tiled to depth; none = attention"] = None
+    max_seq_len: Annotated[int, "context length of training"] = 2048
+    softcap: Annotated[float, "cap of the logits; 0 = none"] = 15.0
+    rope_base: Annotated[float, "base of the rotary frequencies"] = 10000.0
+    window_pattern: Annotated[str, "attention layers: L full, S sliding window; tiled, the last is always L"] = "L"
+    window: Annotated[int, "tokens an S layer sees; 0 = max_seq_len / 4"] = 0
+    value_embeddings: Annotated[bool, "gated token embeddings added to the values of every second layer"] = False
+    residual_scalars: Annotated[bool, "learned scale of the residual and of the embedding before each block"] = False
+    mamba_d_state: Annotated[int, "state size N of a Mamba block"] = 16
+    mamba_d_conv: Annotated[int, "width of a Mamba block's convolution"] = 4
+    mamba_expand: Annotated[int, "inner width of a Mamba block / d_model"] = 2
+    mamba_use_mlp: Annotated[bool, "an MLP after each Mamba mixer"] = False
+    doc_mask: Annotated[bool, "documents packed into a row do not see each other"] = True
+    # how long: the first of these that is positive decides
+    num_iterations: Annotated[int, "optimizer steps; -1 = from the two below"] = -1
+    target_flops: Annotated[float, "total FLOPs to spend; -1 = from the one below"] = -1.0
+    target_param_data_ratio: Annotated[float, "tokens per parameter (Chinchilla, arXiv 2203.15556: 20)"] = 20.0
+    # the batch
+    device_batch_size: Annotated[int, "rows per device and forward"] = 32
+    total_batch_size: Annotated[int, "tokens per step, reached by accumulation; 0 = one forward per device"] = 524288
+    # the optimizer
+    embedding_lr: Annotated[float, "AdamW, embeddings; scaled by (d_model / 768)^-0.5"] = 0.2
+    unembedding_lr: Annotated[float, "AdamW, head; scaled alike"] = 0.004
+    scalar_lr: Annotated[float, "AdamW, scalars and gates"] = 0.02
+    matrix_lr: Annotated[float, "Muon, matrices"] = 0.02
+    weight_decay: Annotated[float, "decoupled, matrices only"] = 0.0
+    grad_clip: Annotated[float, "largest gradient norm; 0 = no clipping"] = 1.0
+    warmup_ratio: Annotated[float, "share of the run over which rates rise"] = 0.0
+    warmdown_ratio: Annotated[float, "share of the run over which rates fall"] = 0.2
+    final_lr_frac: Annotated[float, "rate at the end / rate at the top"] = 0.0
+    # evaluation and output
+    eval_every: Annotated[int, "steps between validations; 0 = only at the end, -1 = never"] = 250
+    eval_tokens: Annotated[int, "tokens of validation text, fixed windows"] = 20 * 524288
+    sample_every: Annotated[int, "steps between samples; 0 = only at the end, -1 = never"] = 2000
+    save_every: Annotated[int, "steps between checkpoints; 0 = only at the end, -1 = never"] = 1000
+    keep_last: Annotated[int, "checkpoints kept"] = 2
+    log_every: Annotated[int, "steps between printed lines where there is no terminal"] = 10
+    resume: Annotated[bool, "go on from the newest whole checkpoint of this model_tag"] = False
+    run: Annotated[str, "name of the run for the tracker; dummy = no tracking"] = "dummy"
+    track: Annotated[Literal["none", "wandb", "trackio"], "tracker"] = "none"
+    model_tag: Annotated[str, "name of the checkpoint folder; empty = d<depth>"] = ""
+    # the machine
+    device: Annotated[str, "cpu, cuda, mps; empty = the best there is"] = ""
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], "multiplication dtype; auto = bfloat16 where native"] = (
+        "auto"
+    )
+    kernels: Annotated[Literal["auto", "fast", "reference"], "which implementations run"] = "auto"
+    compile: Annotated[bool, "torch.compile the model (pays on GPUs; on a CPU see docs/LOG.md)"] = False
+    seed: Annotated[int, "of the weights and the data order"] = 42
+
+    def __post_init__(self) -> None:
+        if self.depth < 1 or self.device_batch_size < 1 or self.max_seq_len < 2:
+            raise ValueError(
+                f"depth={self.depth}, device_batch_size={self.device_batch_size}, max_seq_len={self.max_seq_len}: "
+                f"the first two must be at least 1, the last at least 2"
+            )
+        if self.num_iterations <= 0 and self.target_flops <= 0 and self.target_param_data_ratio <= 0:
+            raise ValueError(
+                "nothing says how long to train: set --num_iterations, --target_flops or --target_param_data_ratio > 0"
+            )
+        if self.warmup_ratio + self.warmdown_ratio > 1 or min(self.warmup_ratio, self.warmdown_ratio) < 0:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} + warmdown_ratio={self.warmdown_ratio} must lie in 0..1"
+            )
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """The model this configuration describes, for a vocabulary of this size."""
+        d_model = self.d_model or self.depth * self.aspect_ratio
+        n_head = self.n_head or next(
+            h for h in range(max(1, -(-d_model // self.head_dim)), d_model + 1) if d_model % h == 0
+        )
+        same = {f.name for f in dataclasses.fields(GPTConfig)} & {f.name for f in dataclasses.fields(self)}
+        values: dict[str, Any] = {name: getattr(self, name) for name in same}
+        values |= {"n_layer": self.depth, "d_model": d_model, "n_head": n_head}
+        return GPTConfig(**values, vocab_size=vocab_size, seq_len=self.max_seq_len)
+
+    def grad_accum(self, world_size: int) -> int:
+        """Forwards per rank and step."""
+        forward = self.device_batch_size * self.max_seq_len * world_size
+        total = self.total_batch_size or forward
+        if total % forward:
+            near = max(1, round(total / forward)) * forward
+            raise UserError(
+                f"total_batch_size={total} is no multiple of device_batch_size * max_seq_len * ranks = {forward}: "
+                f"use --total_batch_size={near}"
+            )
+        return total // forward
+
+    def iterations(self, model: GPT, tokens_per_step: int) -> int:
+        """Steps of the run."""
+        if self.num_iterations > 0:
+            return self.num_iterations
+        if self.target_flops > 0:
+            return max(1, math.ceil(self.target_flops / (model.flops_per_token() * tokens_per_step)))
+        return max(1, math.ceil(self.target_param_data_ratio * model.n_params()["total"] / tokens_per_step))
+
+    def make_optimizer(self, model: GPT, dtype: torch.dtype, ranks: Ranks | None = None) -> MuonAdamW:
+        scale = (model.config.d_model / 768) ** -0.5
+        lrs = {
+            "matrix": self.matrix_lr,
+            "embedding": self.embedding_lr * scale,
+            "unembedding": self.unembedding_lr * scale,
+            "scalar": self.scalar_lr,
+        }
+        return MuonAdamW(model, model.param_groups(), lrs, weight_decay=self.weight_decay, dtype=dtype, ranks=ranks)
+
+
+def build_model(
+    config: GPTConfig, device: torch.device, dtype: torch.dtype, kernels: str, seed: int
+) -> tuple[GPT, str]:
+    """Meta device, then real memory, then weights: no parameter is ever drawn twice. -> (model, kernel choice)."""
+    with torch.device("meta"):
+        model = GPT(config)
+    model.to_empty(device=device)
+    model.init_weights(seed)
+    return model, model.set_compute(dtype, kernels)
+
+
+def main(argv: list[str]) -> None:
+    cfg = load_config(BaseTrainConfig, argv)
+    tokenizer = Tokenizer.load()
+    train_shards, val_shards = shard_paths("train"), shard_paths("val")
+    config = cfg.gpt_config(tokenizer.vocab_size)
+    tag = cfg.model_tag or f"d{cfg.depth}"
+    run = Run.start(
+        "base", tag, device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track,
+        config=dataclasses.asdict(cfg),
+    )  # fmt: skip
+    ranks, T = run.ranks, cfg.max_seq_len
+    grad_accum = cfg.grad_accum(ranks.world_size)
+    model, kernels = build_model(config, run.device, run.dtype, cfg.kernels, cfg.seed)
+    tokens_per_step = cfg.total_batch_size or cfg.device_batch_size * T * ranks.world_size
+    num_iterations = cfg.iterations(model, tokens_per_step)
+    params, flops = model.n_params(), model.flops_per_token()
+    run.print(f"kernels: {kernels}")
+    run.print(f"blocks: {' '.join(model.config.block_pattern or [])}")
+    run.print(
+        f"model: {params['total'] / 1e6:.2f}M parameters ({params['embedding'] / 1e6:.2f}M embedding, "
+        f"{params['head'] / 1e6:.2f}M head, {params['blocks'] / 1e6:.2f}M blocks), {flops / 1e6:.1f} MFLOP per token"
+    )
+    run.print(
+        f"training: {num_iterations} steps of {tokens_per_step} tokens "
+        f"({grad_accum} x {cfg.device_batch_size} rows of {T} on {ranks.world_size} rank(s)), "
+        f"{num_iterations * tokens_per_step / params['total']:.1f} tokens per parameter"
+    )
+    loop = Loop(
+        run, model, cfg.make_optimizer(model, run.dtype, ranks), num_iterations=num_iterations, grad_accum=grad_accum,
+        tokens_per_step=tokens_per_step, flops_per_token=flops, grad_clip=cfg.grad_clip,
+        schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
+        keep_last=cfg.keep_last,
+        meta={
+            "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
+            "tokenizer_hash": tokenizer.hash, "kernels": kernels, "git": git_state(),
+        },
+    )  # fmt: skip
+    newest = run.newest()
+    if newest is not None and not cfg.resume:
+        raise UserError(
+            f"{run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
+            f"or choose another --model_tag, or remove the folder"
+        )
+    cursor: dict[str, Any] = {}
+    if newest is not None:
+        cursor = loop.restore(newest)
+        loop.meta |= {k: newest.meta[k] for k in ("val_bpb", "untrained_val_bpb") if k in newest.meta}
+    else:
+        run.forget_after(-1)
+    batches = PackedLoader(
+        train_shards, tokenizer, cfg.device_batch_size, T, rank=ranks.rank, world_size=ranks.world_size,
+        device=run.device, cursor=cursor or None,
+    )  # fmt: skip
+    val_x, val_y = (t.to(run.device) for t in val_windows(val_shards, tokenizer, T, cfg.eval_tokens))
+    val_doc = document_index(val_x, tokenizer.bos_id) if cfg.doc_mask else None
+    forward = compile_model(model) if cfg.compile else model
+
+    def validate() -> float:
+        return evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
+
+    samples: list[str] = []
+    with batches, memory_advice(cfg.device_batch_size, T):
+        for step in loop:
+            if step.due(cfg.eval_every) or (step.number == 0 and cfg.eval_every >= 0):
+                val_bpb = validate()
+                loop.log(val_bpb=val_bpb)
+                loop.meta["val_bpb"] = val_bpb
+                loop.meta.setdefault("untrained_val_bpb", val_bpb)
+            if step.due(cfg.save_every) and not step.first:
+                loop.save(cursor)
+            if step.due(cfg.sample_every) and ranks.main:
+                samples = sample(run, model, tokenizer)
+            if step.last:
+                break
+            for _ in range(grad_accum):
+                batch = next(batches)
+                loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
+                loop.backward(loss, batch.tokens)
+            cursor = batch.cursor()
+            loop.update()
+    if ranks.main:
+        report(cfg, run, loop, samples)
+    run.close()
+
+
+def sample(run: Run, model: GPT, tokenizer: Tokenizer) -> list[str]:
+    """Greedy continuations of the fixed prompts, printed."""
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROMPTS]
+    rows, _ = Engine(model, tokenizer).generate_batch(prompts, max_tokens=16, temperature=0.0)
+    texts = [tokenizer.decode(row[1:]) for row in rows]
+    for text in texts:
+        run.print(f"sample: {text!r}")
+    return texts
+
+
+def report(cfg: BaseTrainConfig, run: Run, loop: Loop, samples: list[str]) -> None:
+    """The section of this stage: shape, losses, speed."""
+    params, last = loop.model.n_params(), loop.last_row
+    metrics = {
+        "model_tag": run.model_tag,
+        "blocks": " ".join(loop.model.config.block_pattern or []),
+        "parameters": params["total"],
+        "steps": loop.num_iterations,
+        "tokens": loop.tokens,
+        "tokens per parameter": loop.tokens / params["total"],
+        "train loss (nats, smoothed)": loop.smooth_loss,
+        "val_bpb": last.get("val_bpb", float("nan")),
+        "val_bpb untrained": loop.meta.get("untrained_val_bpb", float("nan")),
+        "tokens_per_s (median)": loop.median_rate(),
+        "mfu": last.get("mfu", float("nan")),
+        "minutes": loop.seconds / 60,
+        "updates skipped": loop.skipped,
+        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+    }
+    text = "".join(f"- {t}\n" for t in samples)
+    log_stage(
+        "base_training", metrics, text=text and f"Greedy samples:\n\n{text}", plots=plot_metrics(run.metrics_path)
+    )
+
+
+def changed_keys(cfg: Any) -> dict[str, Any]:
+    """The keys of a configuration that differ from their defaults."""
+    default = type(cfg)()
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(default, k)}
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,264 @@
+"""The loop and base_train: accumulation by tokens, guards, schedules, resume, errors before any work."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import train
+from nanochat.common import REPO_DIR
+from nanochat.config import UserError, load_config
+from nanochat.device import Ranks
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import MuonAdamW
+from nanochat.shards import write_shard
+from nanochat.tokenizer import Tokenizer
+from nanochat.train import Loop, Run, Step
+from scripts import base_train
+from scripts.base_train import BaseTrainConfig
+
+TINY = GPTConfig(n_layer=2, d_model=32, n_head=2, vocab_size=50, seq_len=16)
+LRS = {"matrix": 0.02, "embedding": 0.3, "unembedding": 0.01, "scalar": 0.05}
+SMALL = [
+    "--depth=2", "--d_model=32", "--head_dim=16", "--max_seq_len=32", "--device_batch_size=2", "--total_batch_size=128",
+    "--eval_tokens=512", "--softcap=0", "--model_tag=t", "--device=cpu", "--log_every=100",
+]  # fmt: skip
+
+
+@pytest.fixture
+def text(base: Path) -> Path:
+    """A base folder with a few documents and a small tokenizer."""
+    rng = random.Random(0)
+    words = ["river", "town", "stone", "bridge", "north", "of", "the", "a", "1987", "founded", "is", "was", "."]
+    docs = [" ".join(rng.choices(words, k=rng.randint(5, 120))) for _ in range(300)]
+    for i in range(3):
+        write_shard(base / "base_data" / f"shard_{i:05d}.parquet", docs[i * 100 : (i + 1) * 100], "test")
+    Tokenizer.train(iter(docs), 320).save(base / "tokenizer")
+    return base
+
+
+def make_loop(tmp_path: Path, **options) -> Loop:
+    model = GPT(TINY)
+    model.init_weights(0)
+    optimizer = MuonAdamW(model, model.param_groups(), LRS)
+    run = Run("base", "t", torch.device("cpu"), torch.float32, Ranks(), tmp_path / "t")
+    return Loop(run, model, optimizer, **{"num_iterations": 3, **options})
+
+
+def rows(path: Path) -> dict[int, dict]:
+    return {r["step"]: r for r in map(json.loads, path.read_text().splitlines())}
+
+
+def test_accumulation_weighs_tokens_not_rows(tmp_path: Path) -> None:
+    ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1, 1)
+    targets[0, 2:] = -1  # a row with few targets
+    weights = []
+    for split in ([4], [1, 3], [3, 1], [1, 1, 1, 1]):
+        loop = make_loop(tmp_path)
+        for step in loop:
+            if step.last:
+                break
+            for x, y in zip(ids.split(split), targets.split(split), strict=True):
+                loop.backward(loop.model(x, y, loss_reduction="sum"), int((y >= 0).sum()))
+            loop.update()
+        weights.append((loop.smooth_loss, loop.model.blocks[0].mlp.c_fc.weight.detach()))
+    for loss, weight in weights[1:]:
+        assert loss == pytest.approx(weights[0][0], rel=1e-5)
+        torch.testing.assert_close(weight, weights[0][1], rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_without_any_target_changes_nothing_and_is_finite(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, num_iterations=1)
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    ids = torch.zeros(2, 16, dtype=torch.long)
+    for step in loop:
+        if step.last:
+            break
+        loop.backward(loop.model(ids, torch.full_like(ids, -1), loss_reduction="sum"), 0)
+        loop.update()
+    assert loop.last_row["loss"] == 0 and loop.skipped == 0
+    assert all(torch.equal(p, q) for p, q in zip(loop.model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_stops_the_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    loop = make_loop(tmp_path, num_iterations=50)
+    before = [p.detach().clone() for p in loop.model.parameters()]
+    with pytest.raises(UserError, match=r"10 steps in a row without a finite loss, at step 9.*lower --matrix_lr"):
+        for _ in loop:
+            loop.backward(loop.model(torch.zeros(1, 4, dtype=torch.long)).sum() * float("nan"), 4)
+            loop.update()
+    assert loop.skipped == 10 and "update skipped (10 in a row)" in capsys.readouterr().out
+    assert all(torch.equal(p, q) for p, q in zip(loop.model.parameters(), before, strict=True))
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path, grad_clip=0.5)
+    ids = torch.randint(0, 50, (4, 16))
+    loop.backward(1e3 * loop.model(ids, ids, loss_reduction="sum"), 4)
+    _, norm = loop._gather()
+    after = torch.stack([p.grad.norm() for p in loop.model.parameters()]).norm()
+    assert norm > 100 and after.item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_steps_are_due_as_documented() -> None:
+    assert [n for n in range(11) if Step(n, 10, False).due(4)] == [4, 8, 10]
+    assert [n for n in range(11) if Step(n, 10, False).due(0)] == [10]
+    assert not any(Step(n, 10, False).due(-1) for n in range(11))
+
+
+def test_running_out_of_memory_names_the_key_and_the_value() -> None:
+    with pytest.raises(UserError, match="--device_batch_size=4 \\(now 8"), train.memory_advice(8, 512):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(UserError, match="--max_seq_len=256 \\(now 512"), train.memory_advice(1, 512):
+        torch.empty(2**60, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="another"), train.memory_advice(1, 512):
+        raise RuntimeError("another fault")
+
+
+def test_base_train_lowers_the_loss_and_writes_what_it_says(text: Path) -> None:
+    base_train.main([*SMALL, "--num_iterations=30", "--eval_every=10", "--save_every=10"])
+    folder = text / "base_checkpoints" / "t"
+    metrics = rows(folder / "metrics.jsonl")
+    assert sorted(metrics) == list(range(31))
+    assert metrics[30]["val_bpb"] < 0.8 * metrics[0]["val_bpb"]
+    assert {"loss", "lr_scale", "grad_norm", "tokens_per_s", "mfu", "seconds"} <= set(metrics[5])
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_000020", "step_000030"]
+    assert json.loads((text / "report" / "base_training.json").read_text())
+
+
+def test_a_used_folder_is_not_overwritten(text: Path) -> None:
+    base_train.main([*SMALL, "--num_iterations=2", "--eval_every=-1"])
+    with pytest.raises(UserError, match="holds a run at step 2: add --resume"):
+        base_train.main([*SMALL, "--num_iterations=2", "--eval_every=-1"])
+
+
+@pytest.mark.parametrize("pattern", ["T"])
+def test_resume_continues_bit_identically(text: Path, pattern: str) -> None:
+    options = [*SMALL, f"--block_pattern={pattern}", "--num_iterations=12", "--eval_every=4", "--save_every=5"]
+    base_train.main([*options, "--model_tag=whole"])
+    base_train.main([*options, "--model_tag=cut"])
+    cut = text / "base_checkpoints" / "cut"
+    newest = cut / "step_000012"
+    for p in newest.iterdir():
+        p.unlink()
+    newest.rmdir()
+    base_train.main([*options, "--model_tag=cut", "--resume"])
+    whole, again = rows(text / "base_checkpoints/whole/metrics.jsonl"), rows(cut / "metrics.jsonl")
+    assert sorted(again) == sorted(whole)
+    for step, row in whole.items():
+        for key in ("loss", "grad_norm", "val_bpb", "tokens"):
+            assert again[step].get(key) == row.get(key), (step, key)
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "scripts.base_train", *arguments]
+    return subprocess.Popen(command, cwd=REPO_DIR, env=env, stdout=log.open("a"), stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_losses_after_kill_9_at_random_moments_are_those_of_an_uninterrupted_run(text: Path, tmp_path: Path) -> None:
+    options = [*SMALL, "--num_iterations=400", "--eval_every=100", "--save_every=3", "--resume"]
+    base_train.main([*options, "--model_tag=whole"])
+    whole = rows(text / "base_checkpoints/whole/metrics.jsonl")
+    rng, log, metrics = random.Random(0), tmp_path / "log", text / "base_checkpoints/killed/metrics.jsonl"
+    kills, reached = 0, 0
+    while kills < 20:
+        process = start([*options, "--model_tag=killed"], log)
+        size = metrics.stat().st_size if metrics.exists() else 0
+        deadline = time.monotonic() + 120
+        while not metrics.exists() or metrics.stat().st_size <= size:  # until it trains
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+            size = min(size, metrics.stat().st_size) if metrics.exists() else 0
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.25)
+        if process.poll() is None:
+            kills += 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        reached = max(rows_so_far(metrics))
+        if reached >= 390:
+            break
+    assert kills >= 20 or reached >= 390
+    last = start([*options, "--model_tag=killed"], log)
+    assert last.wait(timeout=600) == 0, log.read_text()[-2000:]
+    assert "damaged" not in log.read_text()
+    killed = rows(metrics)
+    assert sorted(killed) == sorted(whole)
+    for step, row in whole.items():
+        for key in ("loss", "grad_norm", "val_bpb", "tokens"):
+            assert killed[step].get(key) == row.get(key), (step, key)
+
+
+def rows_so_far(path: Path) -> set[int]:
+    """Steps recorded, without a line cut by the kill."""
+    steps = {0}
+    for line in path.read_text().splitlines():
+        try:
+            steps.add(json.loads(line)["step"])
+        except json.JSONDecodeError:
+            continue
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dpeth=4"], "unknown key --dpeth: did you mean 'depth'?"),
+        (["--depth=four"], "--depth=four: expected int"),
+        (["configs/tiny_transfromer.py"], "did you mean configs/tiny_transformer.py?"),
+        (["--depth=0"], "depth=0"),
+        (["--num_iterations=-1", "--target_param_data_ratio=0"], "nothing says how long to train"),
+        (["--total_batch_size=100"], "use --total_batch_size=128"),
+        (["--dtype=float8"], "expected auto|float32|bfloat16"),
+        (["--device=tpu9000"], "is no torch device"),
+        (["--block_pattern=TX"], "unknown block 'X'"),
+        (["--warmup_ratio=0.9", "--warmdown_ratio=0.9"], "must lie in 0..1"),
+        (["--n_head=3"], "d_model=32 is no multiple of n_head=3"),
+        (["--kernels=quick"], "expected auto|fast|reference"),
+    ],
+)
+def test_what_cannot_work_is_one_line_before_any_work(text: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as e:
+        base_train.main([*SMALL, *arguments])
+    assert message in str(e.value) and "\n" not in str(e.value)
+    assert not (text / "base_checkpoints").exists()
+
+
+def test_a_missing_dataset_or_tokenizer_names_the_command(base: Path) -> None:
+    with pytest.raises(UserError, match=r"scripts\.tok_train"):
+        base_train.main(SMALL)
+
+
+def test_an_error_is_one_line_and_exit_code_2(base: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "scripts.base_train", "--depht=4"], cwd=REPO_DIR, capture_output=True, text=True
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr == "error: unknown key --depht: did you mean 'depth'?\n"
+        and not done.stdout
+    )
+
+
+def test_shipped_configs_build_on_the_meta_device() -> None:
+    for path in sorted((REPO_DIR / "configs").glob("*.py")):
+        cfg = load_config(BaseTrainConfig, [str(path)])
+        with torch.device("meta"):
+            model = GPT(cfg.gpt_config(65536))
+        assert model.n_params()["total"] > 0 and model.flops_per_token() > 0
+        cfg.grad_accum(1), cfg.iterations(model, cfg.total_batch_size)
+
+
+def test_d20_has_the_parameters_of_nanochat() -> None:
+    with torch.device("meta"):
+        model = GPT(load_config(BaseTrainConfig, [str(REPO_DIR / "configs/transformer_d20.py")]).gpt_config(65536))
+    assert model.n_params()["total"] == 560_988_160
