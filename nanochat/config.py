@@ -24,7 +24,8 @@ T = TypeVar("T")
 STAGE_KEYS = frozenset(
     """
     depth aspect_ratio d_model n_head n_kv_head head_dim vocab_size max_seq_len block_pattern window_pattern window
-    value_embeddings residual_scalars softcap rope_base mamba_d_state mamba_d_conv mamba_expand mamba_use_mlp doc_mask
+    mlp_ratio value_embeddings residual_scalars softcap rope_base
+    mamba_d_state mamba_d_conv mamba_expand mamba_use_mlp doc_mask
     num_iterations target_flops target_param_data_ratio device_batch_size total_batch_size grad_clip weight_decay
     embedding_lr unembedding_lr matrix_lr scalar_lr init_lr_frac warmup_ratio warmdown_ratio final_lr_frac
     momentum run model_tag step source resume save_every keep_last eval_every eval_tokens sample_every log_every
@@ -170,10 +171,9 @@ _BOOLS = {"true": True, "yes": True, "1": True, "on": True, "false": False, "no"
 def _parse(key: str, text: str, hint: Any) -> Any:
     """Command-line text -> value of the field's type."""
     options = sorted(_options(hint), key=lambda t: t is not type(None))  # "none" is None before it is a string
-    if str in options and text.startswith("["):  # list|str: brackets make a list, anything else stays a string
-        options = [t for t in options if t is not str]
-    elif str in options:
-        options = [t for t in options if (get_origin(t) or t) is not list]
+    if str in options and list in [get_origin(t) or t for t in options]:  # brackets make a list, all else is a string
+        other = str if text.startswith("[") else list
+        options = [t for t in options if (get_origin(t) or t) is not other]
     for t in options:
         value = _parse_one(text, t)
         if value is not _NO:

@@ -35,7 +35,8 @@ class ModelState:
 
     def repeat(self, n: int) -> "ModelState":
         """Row i becomes rows i*n .. i*n + n-1: many samples from one prefill."""
-        return self.select(torch.arange(len(self.pos)).repeat_interleave(n))
+        layers = [s.repeat(n, self.pos) for s in self.layers]
+        return ModelState(layers, self.pos.repeat_interleave(n), self.max_len)
 
     def bytes(self) -> int:
         """Memory of all rows together."""
@@ -95,7 +96,7 @@ class GPT(nn.Module):
 
     def init_state(self, batch: int, max_len: int) -> ModelState:
         """An empty state for `batch` sequences of up to max_len tokens."""
-        layers = [b.init_state(batch, max_len, self.device, self.compute_dtype) for b in self.layers]
+        layers = [b.init_state(batch, max_len, self.device, self.residual_dtype) for b in self.layers]
         return ModelState(layers, torch.zeros(batch, dtype=torch.long), max_len)
 
     def forward(
@@ -136,11 +137,12 @@ class GPT(nn.Module):
             x = block(x, ctx, None if state is None else state.layers[i])
         if state is not None:
             state.pos = state.pos + (ids.size(1) if lengths is None else lengths.cpu())
-        return norm(x)
+        return norm(x, self.compute_dtype)
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """float32 on a CPU, where its norm is 6x faster than bfloat16's and costs no bandwidth that matters."""
+        """Of the residual stream and of decoding states: float32 on a CPU, where bfloat16 helps nothing but matrices
+        (its norm is 6x and its one-query attention 5-7x slower, LOG 2026-11-21), else compute_dtype."""
         return torch.float32 if self.device.type == "cpu" else self.compute_dtype
 
     def context(self, ids: Tensor, doc: Tensor | None, state: ModelState | None, lengths: Tensor | None) -> Context:
@@ -165,14 +167,14 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """x: (B, T, D), targets: (B, T) -> cross-entropy in nats."""
         flat, y = x.flatten(0, 1).to(self.compute_dtype), targets.flatten()
-        weight, softcap = self.head.cast_weight(), self.config.softcap
+        softcap = self.config.softcap
         if reduction == "none" or not torch.is_grad_enabled():
-            rows = linear_cross_entropy_rows(flat, weight, y, softcap)
+            rows = linear_cross_entropy_rows(flat, self.head.cast_weight(), y, softcap)
             if reduction == "none":
                 return rows.view_as(targets)
             total = rows.sum()
         else:
-            total = linear_cross_entropy(flat, weight, y, softcap)
+            total = linear_cross_entropy(flat, self.head.weight, y, softcap)
         if reduction == "sum":
             return total
         if reduction == "mean":

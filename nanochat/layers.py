@@ -5,6 +5,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.ops import rms_norm
+
 
 class Linear(nn.Linear):
     """y = x W^T without bias, multiplied in `compute_dtype`; the weight itself stays float32 (the master copy).
@@ -17,6 +19,7 @@ class Linear(nn.Linear):
         super().__init__(d_in, d_out, bias=False)
         self.compute_dtype = torch.float32
         self._cast: Tensor | None = None
+        self._together: Tensor | None = None  # with others, see linear_together
 
     def reset_parameters(self) -> None:
         """Nothing: init_weights() of the owner sets every weight."""
@@ -33,12 +36,24 @@ class Linear(nn.Linear):
         return self._cast
 
     def train(self, mode: bool = True) -> "Linear":
-        self._cast = None
+        self._cast = self._together = None
         return super().train(mode)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out) in compute_dtype."""
         return F.linear(input.to(self.compute_dtype), self.cast_weight())
+
+
+def linear_together(x: Tensor, *linears: Linear) -> list[Tensor]:
+    """Several Linears of one input as one product: x (..., d_in) -> one (..., d_out) each."""
+    first = linears[0]
+    if first.training or torch.is_grad_enabled():
+        weight = torch.cat([m.weight for m in linears]).to(first.compute_dtype)
+    else:
+        if first._together is None or first._together.dtype != first.compute_dtype:
+            first._together = torch.cat([m.cast_weight() for m in linears])
+        weight = first._together
+    return list(F.linear(x.to(first.compute_dtype), weight).split([m.out_features for m in linears], -1))
 
 
 class Embedding(nn.Embedding):
@@ -55,9 +70,9 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
             m.compute_dtype = dtype
 
 
-def norm(x: Tensor) -> Tensor:
-    """Parameter-free RMSNorm over the last axis (arXiv 1910.07467)."""
-    return F.rms_norm(x, (x.size(-1),))
+def norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Parameter-free RMSNorm over the last axis, given in dtype (default: x's own)."""
+    return rms_norm(x, dtype or x.dtype)
 
 
 class MLP(nn.Module):

@@ -12,17 +12,17 @@ from torch import Tensor
 CE_ROWS = (
     512  # rows of logits alive at once: 8 MB at V = 8,192 in bfloat16 (LOG 2026-11-21: 512 beats 256, 1,024, 4,096)
 )
-ATTN_BLOCK = 256  # queries per block: (B*H, 256, S) scores; halves the masked work at T = 512
+ATTN_BLOCK = 128  # queries per block: (B*H, 128, S) scores; the masked half of the work is mostly skipped
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(softcap * tanh(x W^T / softcap))[target]; the forward makes the gradients, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        """x: (N, D), weight: (V, D) in one dtype, targets: (N,) with -1 for none -> () float32."""
-        grad_x = torch.empty_like(x)
-        grad_w = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    def forward(ctx, x: Tensor, master: Tensor, targets: Tensor, softcap: float) -> Tensor:
+        """x: (N, D), master: (V, D) multiplied in x's dtype, targets: (N,) with -1 for none -> () float32."""
+        weight = master.to(x.dtype)
+        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(master)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         some_without = bool((targets < 0).any())  # one look instead of masking every chunk
         for i in range(0, x.size(0), CE_ROWS):
@@ -47,13 +47,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyrefly: ignore[bad-override]
         grad_x, grad_w = ctx.saved_tensors
-        return grad_x * grad.to(grad_x.dtype), (grad_w * grad).to(grad_x.dtype), None, None
+        return grad_x * grad.to(grad_x.dtype), grad_w * grad, None, None
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
     """Summed cross-entropy of the logits x W^T, in nats, without ever holding all logits.
 
-    x: (N, D), weight: (V, D), targets: (N,), -1 = no target -> () float32. softcap as in Gemma 2 (arXiv 2408.00118):
+    x: (N, D), weight: (V, D), the float32 master, which is multiplied in x's dtype and gets a float32 gradient;
+    targets: (N,), -1 = no target -> () float32. softcap as in Gemma 2 (arXiv 2408.00118):
     c * tanh(logits / c); 0 = none.
     """
     return _LinearCrossEntropy.apply(x, weight, targets, softcap)
@@ -146,7 +147,64 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: list[tuple[int, int
     return _BlockAttention.apply(q, k, v, blocks)
 
 
+def shared_prefix_attention(
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> Tensor:
+    """One query per row over a prefix all rows share, then over keys of its own; the prefix is read once, not per row.
+
+    q: (B, H, 1, K), prefix: (1, G, S0, K), k, v: (B, G, S, K), mask: (B, 1, 1, S) of the own keys or None -> as q.
+    """
+    B, H, _, K = q.shape
+    G = k.size(1)
+    q = (q * K**-0.5).view(B, G, H // G, K)
+
+    def by_group(x: Tensor) -> Tensor:  # (B, G, r, X) -> (G, B * r, X): rows become queries of one product
+        return x.transpose(0, 1).reshape(G, B * (H // G), -1)
+
+    def by_row(x: Tensor) -> Tensor:
+        return x.view(G, B, H // G, -1).transpose(0, 1)
+
+    own = q @ k.mT  # (B, G, r, S)
+    if mask is not None:
+        own = own.masked_fill(~mask, float("-inf"))
+    p = torch.softmax(torch.cat((by_row(by_group(q) @ prefix_k[0].mT), own), -1), -1)
+    p0, p1 = p.split((prefix_k.size(2), k.size(2)), -1)
+    return (by_row(by_group(p0) @ prefix_v[0]) + p1 @ v).view(B, H, 1, K)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (arXiv 2104.09864), halves layout. x: (B, T, H, K), cos, sin: (1 or B, T, 1, K/2)."""
     x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+    return torch.cat((torch.addcmul(x1 * cos, x2, sin), torch.addcmul(x2 * cos, x1, sin, value=-1)), -1)
+
+
+NORM_EPS = 1e-6
+
+
+class _RMSNorm(torch.autograd.Function):
+    """x / rms(x) over the last axis, then a rotation if there are tables; computed in float32, given in `dtype`."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+        r = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+        ctx.save_for_backward(x, r, cos, sin)
+        n = x * r
+        return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyrefly: ignore[bad-override]
+        x, r, cos, sin = ctx.saved_tensors
+        grad = grad.float()
+        if cos is not None:
+            grad = rotate(grad, cos, -sin)  # the inverse rotation
+        n = x * r
+        dot = (grad * n).mean(-1, keepdim=True)
+        return torch.addcmul(grad, n, dot, value=-1).mul_(r).to(x.dtype), None, None, None
+
+
+def rms_norm(x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+    """Parameter-free RMSNorm (arXiv 1910.07467) of (..., D) in float32, rotated by cos, sin if given, cast to dtype.
+
+    A rotation keeps the norm, so this is QK norm and rotary embedding in either order.
+    """
+    return _RMSNorm.apply(x, dtype, cos, sin)

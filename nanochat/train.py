@@ -127,9 +127,10 @@ class Run:
         return load_checkpoint(self.dir, rank=self.ranks.rank, world_size=self.ranks.world_size)
 
     def close(self) -> None:
-        """End the tracker's run."""
+        """End the tracker's run and leave the other ranks."""
         if self.tracker is not None:
             self.tracker.finish()
+        devices.leave_ranks()
 
 
 def _tracker(track: str, run: str, source: str, config: dict[str, Any]) -> Any:
@@ -255,10 +256,11 @@ class Loop:
         for p in self.optimizer.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             grads.append(all_reduce_sum(p.grad))
-        torch._foreach_mul_(grads, 1.0 / max(tokens, 1.0))
-        norm = float(torch.stack(torch._foreach_norm(grads)).norm())
+        scale = 1.0 / max(tokens, 1.0)
+        norm = scale * float(torch.stack(torch._foreach_norm(grads)).norm())
         if self.grad_clip and norm > self.grad_clip:
-            torch._foreach_mul_(grads, self.grad_clip / norm)
+            scale *= self.grad_clip / norm
+        torch._foreach_mul_(grads, scale)
         self._tokens_of_step = int(tokens)
         return (loss / tokens if tokens else 0.0), norm
 
@@ -347,6 +349,13 @@ class Loop:
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Continue from a checkpoint of this run, exactly as if nothing had happened -> the caller's state."""
         assert checkpoint.model is not None and checkpoint.state is not None
+        for key in ("model_config", "tokenizer_hash"):
+            if key in self.meta and checkpoint.meta.get(key) != self.meta[key]:
+                raise UserError(
+                    f"{self.run.dir} at step {checkpoint.step} has another {key} "
+                    f"({_difference(checkpoint.meta.get(key), self.meta[key])}): "
+                    f"resume with what it was trained with, or choose another --model_tag"
+                )
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_tensors(checkpoint.optim or {})
         state = checkpoint.state
@@ -358,6 +367,14 @@ class Loop:
         self.run.forget_after(self.step)
         self.run.print(f"resuming {self.run.dir.name} at step {self.step}")
         return state["caller"]
+
+
+def _difference(saved: Any, now: Any) -> str:
+    """The first key that differs, with both values."""
+    if not (isinstance(saved, dict) and isinstance(now, dict)):
+        return f"{str(saved)[:12]}, now {str(now)[:12]}"
+    key = next(k for k in {**saved, **now} if saved.get(k) != now.get(k))
+    return f"{key} {saved.get(key)!r}, now {now.get(key)!r}"
 
 
 @contextlib.contextmanager

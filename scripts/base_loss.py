@@ -12,7 +12,7 @@ from nanochat.common import run_script
 from nanochat.config import load_config
 from nanochat.dataloader import document_index, val_windows
 from nanochat.dataset import shard_paths
-from nanochat.device import describe_device, init_ranks, pick_device
+from nanochat.device import describe_device, init_ranks, leave_ranks, pick_device
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import log_stage
 
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> None:
             print(f"{name}: {results[name]:.4f} ({len(x)} windows of {x.size(1)} tokens)")
     if ranks.main:
         log_stage("base_loss", results)
+    leave_ranks()
 
 
 if __name__ == "__main__":

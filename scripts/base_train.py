@@ -40,6 +40,7 @@ class BaseTrainConfig:
     n_kv_head: Annotated[int, "key/value heads; 0 = n_head"] = 0
     block_pattern: Annotated[list | str | None, "block of each layer, tiled to depth; none = attention"] = None
     max_seq_len: Annotated[int, "context length of training"] = 2048
+    mlp_ratio: Annotated[int, "hidden width of the MLP / d_model"] = 4
     softcap: Annotated[float, "cap of the logits; 0 = none"] = 15.0
     rope_base: Annotated[float, "base of the rotary frequencies"] = 10000.0
     window_pattern: Annotated[str, "attention layers: L full, S sliding window; tiled, the last is always L"] = "L"

@@ -75,6 +75,42 @@ def test_select_and_repeat_carry_each_row(model: GPT) -> None:
 
 
 @torch.no_grad()
+def test_rows_repeated_from_one_share_its_prefix_and_stay_exact(model: GPT) -> None:
+    state = model.init_state(1, 40)
+    model(IDS[:1, :10], state=state)
+    rows = state.repeat(3)
+    own = IDS.clone()
+    own[:, :10] = IDS[0, :10]
+    full = model(own)
+    for t in range(10, 14):
+        logits = model(own[:, t : t + 1], state=rows)
+        torch.testing.assert_close(logits[:, 0], full[:, t], rtol=1e-4, atol=1e-5)
+    if not model.config.window:
+        assert rows.layers[0].shared == 10 and rows.bytes() < 3 * state.bytes()  # pyrefly: ignore
+    rows = rows.select(torch.tensor([2, 0]))
+    lengths = torch.tensor([1, 4])
+    logits = model(own[[2, 0], 14:18], state=rows, lengths=lengths, last_only=True)  # no longer one token, nor aligned
+    torch.testing.assert_close(logits[:, 0], full[[2, 0], 13 + lengths], rtol=1e-4, atol=1e-5)
+    logits = model(own[[2, 0], rows.pos][:, None], state=rows)
+    torch.testing.assert_close(logits[:, 0], full[[2, 0], 14 + lengths], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_that_share_a_prefix_may_stand_at_different_positions(model: GPT) -> None:
+    state = model.init_state(1, 40)
+    model(IDS[:1, :10], state=state)
+    rows = state.repeat(2)
+    own = IDS[[0, 1]].clone()
+    own[:, :10] = IDS[0, :10]
+    full = model(own)
+    model(own[:, 10:13], state=rows, lengths=torch.tensor([1, 3]))
+    for _ in range(3):
+        at = rows.pos
+        logits = model(own[[0, 1], at][:, None], state=rows)
+        torch.testing.assert_close(logits[:, 0], full[[0, 1], at], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
 def test_a_window_keeps_a_ring_of_its_size() -> None:
     model = make(RICH)
     state = model.init_state(1, 1000)

@@ -61,6 +61,19 @@ def test_attention_mask_shows_what_the_definition_says() -> None:
     assert mask.int().tolist() == want
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_rms_norm_equals_torch_and_its_gradient(rotated: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8, dtype=torch.float32, requires_grad=True)
+    angle = torch.randn(1, 5, 1, 4)
+    tables = (angle.cos(), angle.sin()) if rotated else ()
+    got = ops.rms_norm(x, torch.float32, *tables)
+    want = F.rms_norm(ops.rotate(x, *tables) if rotated else x, (8,), eps=ops.NORM_EPS)
+    torch.testing.assert_close(got, want)
+    g = torch.randn_like(got)
+    torch.testing.assert_close(torch.autograd.grad(got, x, g), torch.autograd.grad(want, x, g))
+
+
 def test_rotate_depends_on_relative_position_only() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 8).unbind(0)

@@ -124,13 +124,13 @@ def test_running_out_of_memory_names_the_key_and_the_value() -> None:
 
 
 def test_base_train_lowers_the_loss_and_writes_what_it_says(text: Path) -> None:
-    base_train.main([*SMALL, "--num_iterations=30", "--eval_every=10", "--save_every=10"])
+    base_train.main([*SMALL, "--num_iterations=60", "--eval_every=20", "--save_every=20"])
     folder = text / "base_checkpoints" / "t"
     metrics = rows(folder / "metrics.jsonl")
-    assert sorted(metrics) == list(range(31))
-    assert metrics[30]["val_bpb"] < 0.8 * metrics[0]["val_bpb"]
+    assert sorted(metrics) == list(range(61))
+    assert metrics[60]["val_bpb"] < 0.8 * metrics[0]["val_bpb"]
     assert {"loss", "lr_scale", "grad_norm", "tokens_per_s", "mfu", "seconds"} <= set(metrics[5])
-    assert sorted(p.name for p in folder.glob("step_*")) == ["step_000020", "step_000030"]
+    assert sorted(p.name for p in folder.glob("step_*")) == ["step_000040", "step_000060"]
     assert json.loads((text / "report" / "base_training.json").read_text())
 
 
@@ -156,6 +156,17 @@ def test_resume_continues_bit_identically(text: Path, pattern: str) -> None:
     for step, row in whole.items():
         for key in ("loss", "grad_norm", "val_bpb", "tokens"):
             assert again[step].get(key) == row.get(key), (step, key)
+
+
+def test_a_run_resumes_only_with_its_own_model_and_tokenizer(text: Path) -> None:
+    options = [*SMALL, "--num_iterations=2", "--eval_every=-1", "--resume"]
+    base_train.main(options)
+    with pytest.raises(UserError, match=r"another model_config \(mlp_ratio 4, now 2\)") as e:
+        base_train.main([*options, "--mlp_ratio=2"])
+    Tokenizer.train(iter(["another text " * 50]), 290).save(text / "tokenizer")
+    with pytest.raises(UserError, match="another"):
+        base_train.main(options)
+    assert "--model_tag" in str(e.value)
 
 
 def start(arguments: list[str], log: Path) -> subprocess.Popen:

@@ -10,28 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, linear_flops
-from nanochat.layers import MLP, Embedding, Linear, init_uniform, norm
-from nanochat.ops import attention_mask, rotate
+from nanochat.layers import MLP, Embedding, Linear, init_uniform, linear_together, norm
+from nanochat.ops import attention_mask, rms_norm, shared_prefix_attention
 
 GATE_CHANNELS = 32  # channels of x that set the gate of the value embedding
 
 
 class AttentionState(BlockState):
-    """Keys and values of the last `capacity` tokens of each row, a ring buffer: slot = position mod capacity."""
+    """Keys and values of the last `capacity` tokens of each row, a ring buffer: slot = position mod capacity.
 
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.k, self.v = k, v  # (B, G, capacity, K)
+    Rows sampled from one prompt share its keys and values: `prefix`, stored once, comes before what each row keeps.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, windowed: bool, prefix: tuple[Tensor, Tensor] | None = None) -> None:
+        self.k, self.v, self.windowed = k, v, windowed  # (B, G, capacity, K)
+        self.prefix = prefix  # two of (1, G, S0, K)
 
     @property
     def capacity(self) -> int:
         return self.k.size(2)
 
+    @property
+    def shared(self) -> int:
+        """Tokens in the prefix."""
+        return 0 if self.prefix is None else self.prefix[0].size(2)
+
     def select(self, rows: Tensor) -> "AttentionState":
         rows = rows.to(self.k.device)
-        return AttentionState(self.k.index_select(0, rows), self.v.index_select(0, rows))
+        return AttentionState(self.k.index_select(0, rows), self.v.index_select(0, rows), self.windowed, self.prefix)
+
+    def repeat(self, n: int, pos: Tensor) -> "AttentionState":
+        used = int(pos[0])
+        if len(pos) != 1 or self.windowed or self.prefix is not None or not used:
+            return self.select(torch.arange(len(pos)).repeat_interleave(n))
+        own = [t.new_zeros(n, t.size(1), t.size(2) - used, t.size(3)) for t in (self.k, self.v)]
+        return AttentionState(*own, self.windowed, (self.k[:, :, :used].clone(), self.v[:, :, :used].clone()))
+
+    def unshare(self) -> None:
+        """Give every row its own copy of the prefix."""
+        if self.prefix is not None:
+            k, v = (t.expand(self.k.size(0), -1, -1, -1) for t in self.prefix)
+            self.k, self.v, self.prefix = torch.cat((k, self.k), 2), torch.cat((v, self.v), 2), None
 
     def bytes(self) -> int:
-        return self.k.nbytes + self.v.nbytes
+        return sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
 
     def slot_positions(self, pos: Tensor, n_slots: int) -> Tensor:
         """Which position each of the first n_slots holds after pos tokens, (B, n_slots); negative where empty."""
@@ -41,17 +63,17 @@ class AttentionState(BlockState):
     def append(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store one token per row, k, v: (B, G, 1, K) -> keys and values (B, G, S, K) to attend to, and their mask."""
         assert ctx.pos is not None
-        p = ctx.uniform_pos
-        used = min(int(ctx.pos.max()) + 1, self.capacity)
-        if p is not None:
-            slot = p % self.capacity
+        pos = ctx.pos - self.shared
+        used = min(int(pos.max()) + 1, self.capacity)
+        if ctx.uniform_pos is not None:
+            slot = (ctx.uniform_pos - self.shared) % self.capacity
             self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
             return self.k[:, :, :used], self.v[:, :, :used], None
-        rows, slots = torch.arange(k.size(0)), ctx.pos % self.capacity
+        rows, slots = torch.arange(k.size(0)), pos % self.capacity
         self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
         mask = ctx.memo.get(("append", self.capacity))
         if mask is None:
-            mask = ctx.memo["append", self.capacity] = (self.slot_positions(ctx.pos + 1, used) >= 0)[:, None, None].to(
+            mask = ctx.memo["append", self.capacity] = (self.slot_positions(pos + 1, used) >= 0)[:, None, None].to(
                 k.device
             )  # (B, 1, 1, S)
         return self.k[:, :, :used], self.v[:, :, :used], mask
@@ -62,6 +84,7 @@ class AttentionState(BlockState):
         A ring may drop what the first of the new tokens still sees, so the answer is the old content, then the new.
         """
         assert ctx.pos is not None
+        self.unshare()
         used = min(int(ctx.pos.max()), self.capacity)
         keys, values = torch.cat((self.k[:, :, :used], k), 2), torch.cat((self.v[:, :, :used], v), 2)
         mask = ctx.memo.get(("extend", window, self.capacity))
@@ -114,14 +137,12 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
         B, T, _ = x.shape
         H, G, K = self.n_head, self.n_kv_head, self.head_dim
-        q = self.c_q(x).view(B, T, H, K)
-        k = self.c_k(x).view(B, T, G, K)
-        v = self.c_v(x).view(B, T, G, K)
+        qkv = linear_together(x, self.c_q, self.c_k, self.c_v)
+        q, k, v = (t.unflatten(-1, (-1, K)) for t in qkv)  # (B, T, H or G, K)
         if self.value_embed is not None and self.value_gate is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, G)
             v = v + gate[..., None] * self.value_embed(ctx.ids).view(B, T, G, K).to(v.dtype)
-        cos, sin = ctx.cos.to(q.dtype), ctx.sin.to(q.dtype)
-        q, k = norm(rotate(q, cos, sin)), norm(rotate(k, cos, sin))
+        q, k = rms_norm(q, q.dtype, ctx.cos, ctx.sin), rms_norm(k, k.dtype, ctx.cos, ctx.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
         return self.c_proj(self.attend(q, k, v, ctx, state).transpose(1, 2).reshape(B, T, H * K))
 
@@ -132,11 +153,15 @@ class Attention(nn.Module):
         if ctx.uniform_pos == 0:  # nothing stored yet: pads stand behind every token that could see them
             state.write(k, v, ctx)
             return ctx.kernels.self_attention(q, k, v, self.window, None, ctx.memo)
+        dtype, q, k, v = q.dtype, *(t.to(state.k.dtype) for t in (q, k, v))
         if q.size(2) == 1 and ctx.lengths is None:
             k, v, mask = state.append(k, v, ctx)
         else:
             k, v, mask = state.extend(k, v, ctx, self.window)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        if state.prefix is not None:
+            return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        return y.to(dtype)
 
 
 class AttentionBlock(Block):
@@ -154,8 +179,9 @@ class AttentionBlock(Block):
 
     def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
         assert state is None or isinstance(state, AttentionState)
-        x = x + self.attn(norm(x), ctx, state)
-        return x + self.mlp(norm(x))
+        dtype = self.mlp.c_fc.compute_dtype  # cast once, not in every Linear
+        x = x + self.attn(norm(x, dtype), ctx, state)
+        return x + self.mlp(norm(x, dtype))
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.attn.init_weights(generator)
@@ -164,7 +190,9 @@ class AttentionBlock(Block):
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
         window = self.attn.window
         shape = (batch, self.attn.n_kv_head, min(max_len, window) if window else max_len, self.attn.head_dim)
-        return AttentionState(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)))
+        return AttentionState(
+            *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)), windowed=bool(window)
+        )
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "scalar": []}

@@ -96,6 +96,10 @@ class BlockState:
         """A state of the given rows, in that order (rows may repeat)."""
         raise NotImplementedError
 
+    def repeat(self, n: int, pos: Tensor) -> "BlockState":
+        """Row i becomes rows i*n .. i*n + n-1; pos (B,): tokens each row has seen."""
+        return self.select(torch.arange(len(pos)).repeat_interleave(n))
+
     def bytes(self) -> int:
         """Memory held, all rows together."""
         raise NotImplementedError

@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# From an empty machine to a model that answers:  bash speedrun.sh
+# Without a GPU: a tiny base model on text it makes itself, in some minutes. With GPUs: the depth-20 recipe on FineWeb-EDU.
+# Interrupted, it goes on where it stopped; finished, a second run only reports and samples again.
+#
+#   NANOCHAT_BASE_DIR=DIR   where data, tokenizer, checkpoints and report go (default ~/.cache/nanochat)
+#   WANDB_RUN=NAME          track the run in wandb under this name (default dummy: no tracking)
+#   DEPTH=N                 layers of the GPU recipe's model (default 20)
+#   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
+#   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
+#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run
+#   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
+
+export NANOCHAT_BASE_DIR="${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}"
+RUN="${WANDB_RUN:-dummy}"
+STAMPS="$NANOCHAT_BASE_DIR/speedrun" # NAME.done holds what a finished stage ran, and what was run before it
+DONE_SO_FAR=""
+
+trap 'echo "speedrun: interrupted; bash speedrun.sh goes on where it stopped" >&2; exit 130' INT
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # the download in the background
+
+# stage NAME ARTIFACT COMMAND ...: run COMMAND, unless it has finished before: the same module with the same arguments and
+# config files, after the same stages, and its ARTIFACT (a path in NANOCHAT_BASE_DIR, - for none) is still there. The name
+# of the run and the number of GPUs may change. A COMMAND that ends in --resume may only find its own work to go on with.
+stage() {
+    local name=$1 artifact=$2 start=$SECONDS word
+    shift 2
+    word="$*"
+    word="${word#* -m }"
+    DONE_SO_FAR+="$name: ${word//"--run=$RUN "/}"$'\n'
+    for word in "$@"; do
+        if [[ $word == *.py ]]; then DONE_SO_FAR+="$(cat "$word")"$'\n'; fi
+    done
+    if same "$name.done" && made "$artifact"; then
+        echo "== $name: finished before"
+        return
+    fi
+    if [ "${!#}" = --resume ] && made "$artifact" && ! same "$name.begun"; then
+        echo "speedrun: $NANOCHAT_BASE_DIR/$artifact is of another run or other settings: FRESH=1 bash speedrun.sh removes" \
+            "it and begins again; another NANOCHAT_BASE_DIR keeps it" >&2
+        exit 1
+    fi
+    echo "== $name: $*"
+    stamp "$name.begun"
+    "$@"
+    stamp "$name.done"
+    echo "== $name: $((SECONDS - start)) s"
+}
+
+made() { [ "$1" = - ] || [ -e "$NANOCHAT_BASE_DIR/$1" ]; }
+
+same() { [ "$(cat "$STAMPS/$1" 2>/dev/null)"$'\n' = "$DONE_SO_FAR" ]; }
+
+stamp() {
+    printf %s "$DONE_SO_FAR" >"$STAMPS/$1.tmp"
+    mv "$STAMPS/$1.tmp" "$STAMPS/$1"
+}
+
+count_gpus() {
+    local seen listed
+    seen=$(python -c 'import torch; print(torch.cuda.device_count())')
+    listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ' || true)
+    if [ "$seen" = 0 ] && [ "$listed" != 0 ] && [ "${CUDA_VISIBLE_DEVICES-unset}" = unset ]; then
+        echo "speedrun: nvidia-smi lists $listed GPUs but torch sees none: update the driver, or GPUS=0 bash speedrun.sh for the CPU run" >&2
+        exit 1
+    fi
+    echo "$seen"
+}
+
+cpu_run() {
+    stage dataset base_data python -m nanochat.dataset
+    stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
+    stage tok_eval - python -m scripts.tok_eval
+    local -a flags
+    read -ra flags <<<"${SPEEDRUN_TRAIN:-}"
+    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_transformer.py --run="$RUN" \
+        "${flags[@]}" --resume
+    stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
+}
+
+# The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
+# parameter. Not yet run by us from end to end.
+gpu_run() {
+    local gpus=$1 download
+    local -a torchrun=(torchrun --standalone --nproc_per_node="$gpus" -m)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    stage dataset_8 base_data python -m nanochat.dataset -n 8
+    python -m nanochat.dataset -n 240 >"$STAMPS/download.log" 2>&1 &
+    download=$!
+    stage tok_train tokenizer python -m scripts.tok_train --max_chars=2000000000
+    stage tok_eval - python -m scripts.tok_eval
+    echo "== waiting for the download (see $STAMPS/download.log)"
+    wait "$download" || { tail -n 3 "$STAMPS/download.log" >&2 && exit 1; }
+    stage base_train "base_checkpoints/$TAG" "${torchrun[@]}" scripts.base_train configs/transformer_d20.py \
+        --depth="${DEPTH:-20}" --model_tag="$TAG" --run="$RUN" --resume
+    stage base_loss - "${torchrun[@]}" scripts.base_loss --model_tag="$TAG"
+}
+
+GPUS="${GPUS:-$(count_gpus)}"
+if [ "$GPUS" = 0 ]; then TAG=tiny; else TAG="d${DEPTH:-20}"; fi
+if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG"; fi
+mkdir -p "$STAMPS"
+stage report_reset - python -m nanochat.report reset
+if [ "$GPUS" = 0 ]; then cpu_run; else gpu_run "$GPUS"; fi
+python -m nanochat.report generate
+echo "== a sample of the base model, which goes on from a text"
+python -m scripts.chat_cli -i base --model_tag="$TAG" -p "The river"
+echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the report is report.md"
+echo "   more of it:  NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR .venv/bin/python -m scripts.chat_cli -i base --model_tag=$TAG"

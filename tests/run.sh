@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Everything that must be clean before a push: format, lint, types, layers, Rust, Python tests. Stops at the first failure.
+#     bash tests/run.sh                    everything
+#     bash tests/run.sh -m "not slow"      arguments go to pytest
+set -euo pipefail
+if [ "${CI:-}" = true ]; then
+    export NO_COLOR=1 CARGO_TERM_COLOR=never PY_COLORS=0
+fi
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
+setup_rust
+# Tensors here are small: more threads cost time, and one thread adds up in the same order on every machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+export PYO3_PYTHON="$PWD/.venv/bin/python" # what the crate's Python skin is checked against
+
+step() {
+    local start=$SECONDS
+    echo "== $*"
+    "$@"
+    echo "   $((SECONDS - start)) s"
+}
+
+step ruff format --check .
+step ruff check .
+step pyrefly check
+step lint-imports --no-logo
+step cargo fmt --manifest-path rustbpe/Cargo.toml --check
+step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targets -- -D warnings
+step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targets --features python -- -D warnings
+step cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml
+echo "== pytest $*"
+python -m pytest "$@" # last, so that its own summary with its time is the last line
