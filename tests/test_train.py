@@ -128,7 +128,7 @@ def test_base_train_lowers_the_loss_and_writes_what_it_says(text: Path) -> None:
     folder = text / "base_checkpoints" / "t"
     metrics = rows(folder / "metrics.jsonl")
     assert sorted(metrics) == list(range(61))
-    assert metrics[60]["val_bpb"] < 0.8 * metrics[0]["val_bpb"]
+    assert metrics[60]["val_bpb"] < 0.85 * metrics[0]["val_bpb"]
     assert {"loss", "lr_scale", "grad_norm", "tokens_per_s", "mfu", "seconds"} <= set(metrics[5])
     assert sorted(p.name for p in folder.glob("step_*")) == ["step_000040", "step_000060"]
     assert json.loads((text / "report" / "base_training.json").read_text())
