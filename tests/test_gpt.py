@@ -171,6 +171,20 @@ def test_bfloat16_is_close_and_keeps_float32_masters(model: GPT) -> None:
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
 
 
+@torch.no_grad()
+def test_bfloat16_decodes_ragged_rows_like_the_full_pass(model: GPT) -> None:
+    model.set_compute(torch.bfloat16)
+    full, lengths = model(IDS), torch.tensor([5, 12, 9])
+    state = model.init_state(3, 40)
+    logits = model(IDS[:, :12], state=state, lengths=lengths, last_only=True)
+    rows = torch.arange(3)
+    torch.testing.assert_close(logits[:, 0], full[rows, lengths - 1], rtol=0.05, atol=0.05)
+    for _ in range(3):
+        at = state.pos
+        logits = model(IDS[rows, at][:, None], state=state)
+        torch.testing.assert_close(logits[:, 0], full[rows, at], rtol=0.05, atol=0.05)
+
+
 def test_training_drops_the_cast_weights_of_eval_mode() -> None:
     model = make(PLAIN)
     model.set_compute(torch.bfloat16)

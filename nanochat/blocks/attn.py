@@ -98,7 +98,7 @@ class AttentionState(BlockState):
     def write(self, k: Tensor, v: Tensor, ctx: Context) -> None:
         """Store the valid ones of T tokens per row; pads never enter."""
         assert ctx.pos is not None
-        T, p = k.size(2), ctx.uniform_pos
+        T, p, k, v = k.size(2), ctx.uniform_pos, k.to(self.k.dtype), v.to(self.v.dtype)
         if ctx.lengths is None and p is not None and p + T <= self.capacity:
             self.k[:, :, p : p + T], self.v[:, :, p : p + T] = k, v
             return
