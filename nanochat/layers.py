@@ -5,7 +5,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.ops import rms_norm
+from nanochat.ops import relu_squared, rms_norm
 
 
 class Linear(nn.Linear):
@@ -76,7 +76,7 @@ def norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 class MLP(nn.Module):
-    """x W_fc -> ReLU^2 -> W_proj (Primer, arXiv 2109.08668). (B, T, D) -> (B, T, D)."""
+    """x W_fc -> ReLU^2 -> W_proj. (B, T, D) -> (B, T, D)."""
 
     def __init__(self, d_model: int, d_hidden: int) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class MLP(nn.Module):
         nn.init.zeros_(self.c_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.relu(self.c_fc(x)).square())
+        return self.c_proj(relu_squared(self.c_fc(x)))
 
 
 @torch.no_grad()

@@ -181,12 +181,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 NORM_EPS = 1e-6
 
 
+class _ReLUSquared(torch.autograd.Function):
+    """relu(x)^2 in two passes forward and three backward; autograd's own takes twice that."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        r = torch.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyrefly: ignore[bad-override]
+        (r,) = ctx.saved_tensors
+        return (grad * r).mul_(2)
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 (Primer, arXiv 2109.08668), any shape."""
+    return _ReLUSquared.apply(x)
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) over the last axis, then a rotation if there are tables; computed in float32, given in `dtype`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        r = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + NORM_EPS)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass, no copy
+        r = torch.rsqrt(size.square_().div_(x.size(-1)).add_(NORM_EPS))
         ctx.save_for_backward(x, r, cos, sin)
         n = x * r
         return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)

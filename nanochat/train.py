@@ -252,17 +252,11 @@ class Loop:
         totals = all_reduce_sum(torch.stack((self._loss, self._count)))
         self._loss, self._count = torch.zeros_like(self._loss), torch.zeros_like(self._count)
         loss, tokens = totals.tolist()
-        grads = []
         for p in self.optimizer.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            grads.append(all_reduce_sum(p.grad))
-        scale = 1.0 / max(tokens, 1.0)
-        norm = scale * float(torch.stack(torch._foreach_norm(grads)).norm())
-        if self.grad_clip and norm > self.grad_clip:
-            scale *= self.grad_clip / norm
-        torch._foreach_mul_(grads, scale)
+            all_reduce_sum(p.grad)
         self._tokens_of_step = int(tokens)
-        return (loss / tokens if tokens else 0.0), norm
+        return (loss / tokens if tokens else 0.0), average_gradients(self.optimizer.params, tokens, self.grad_clip)
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         self.bad_steps += 1
@@ -367,6 +361,17 @@ class Loop:
         self.run.forget_after(self.step)
         self.run.print(f"resuming {self.run.dir.name} at step {self.step}")
         return state["caller"]
+
+
+def average_gradients(params: list[torch.nn.Parameter], tokens: float, clip: float) -> float:
+    """Divide summed gradients by the tokens of the step and clip their norm, in one pass -> the norm before that."""
+    grads = [p.grad for p in params if p.grad is not None]
+    scale = 1.0 / max(tokens, 1.0)
+    norm = scale * float(torch.stack(torch._foreach_norm(grads)).norm())
+    if clip and norm > clip:
+        scale *= clip / norm
+    torch._foreach_mul_(grads, scale)
+    return norm
 
 
 def _difference(saved: Any, now: Any) -> str:

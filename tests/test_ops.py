@@ -61,6 +61,14 @@ def test_attention_mask_shows_what_the_definition_says() -> None:
     assert mask.int().tolist() == want
 
 
+def test_relu_squared_equals_torch_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    x, g = torch.randn(3, 7, requires_grad=True), torch.randn(3, 7)
+    got, want = ops.relu_squared(x), F.relu(x).square()
+    assert torch.equal(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x, g), torch.autograd.grad(want, x, g))
+
+
 @pytest.mark.parametrize("rotated", [False, True])
 def test_rms_norm_equals_torch_and_its_gradient(rotated: bool) -> None:
     torch.manual_seed(0)
