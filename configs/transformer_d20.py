@@ -1,6 +1,6 @@
 """20 attention layers, width 1,280: nanochat's d20, 561M parameters with a vocabulary of 65,536. Not run by us yet.
 
-    torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/transformer_d20.py
+8 GPUs: torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/transformer_d20.py
 """
 
 depth = 20

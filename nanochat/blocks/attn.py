@@ -43,8 +43,9 @@ class AttentionState(BlockState):
         used = int(pos[0])
         if len(pos) != 1 or self.windowed or self.prefix is not None or not used:
             return self.select(torch.arange(len(pos)).repeat_interleave(n))
-        own = [t.new_zeros(n, t.size(1), t.size(2) - used, t.size(3)) for t in (self.k, self.v)]
-        return AttentionState(*own, self.windowed, (self.k[:, :, :used].clone(), self.v[:, :, :used].clone()))
+        _, G, capacity, K = self.k.shape
+        k, v = (self.k.new_zeros(n, G, capacity - used, K) for _ in range(2))
+        return AttentionState(k, v, self.windowed, (self.k[:, :, :used].clone(), self.v[:, :, :used].clone()))
 
     def unshare(self) -> None:
         """Give every row its own copy of the prefix."""
