@@ -111,7 +111,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     n = 1024
     a = torch.ones(n, n, dtype=dtype, device=device)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(20):
         start = datetime.datetime.now()
         a @ a
         best = min(best, (datetime.datetime.now() - start).total_seconds())

@@ -44,8 +44,8 @@ class Linear(nn.Linear):
         return F.linear(input.to(self.compute_dtype), self.cast_weight())
 
 
-def linear_together(x: Tensor, *linears: Linear) -> list[Tensor]:
-    """Several Linears of one input as one product: x (..., d_in) -> one (..., d_out) each."""
+def linear_together(x: Tensor, *linears: Linear) -> Tensor:
+    """Several Linears of one input as one product: x (..., d_in) -> (..., sum of d_out), in their order."""
     first = linears[0]
     if first.training or torch.is_grad_enabled():
         weight = torch.cat([m.weight for m in linears]).to(first.compute_dtype)
@@ -53,7 +53,7 @@ def linear_together(x: Tensor, *linears: Linear) -> list[Tensor]:
         if first._together is None or first._together.dtype != first.compute_dtype:
             first._together = torch.cat([m.cast_weight() for m in linears])
         weight = first._together
-    return list(F.linear(x.to(first.compute_dtype), weight).split([m.out_features for m in linears], -1))
+    return F.linear(x.to(first.compute_dtype), weight)
 
 
 class Embedding(nn.Embedding):

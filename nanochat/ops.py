@@ -198,7 +198,10 @@ class _ReLUSquared(torch.autograd.Function):
 
 def relu_squared(x: Tensor) -> Tensor:
     """relu(x)^2 (Primer, arXiv 2109.08668), any shape."""
-    return _ReLUSquared.apply(x)
+    if torch.is_grad_enabled():
+        return _ReLUSquared.apply(x)
+    x = torch.relu(x)
+    return x * x
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -228,4 +231,7 @@ def rms_norm(x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tens
 
     A rotation keeps the norm, so this is QK norm and rotary embedding in either order.
     """
-    return _RMSNorm.apply(x, dtype, cos, sin)
+    if torch.is_grad_enabled():
+        return _RMSNorm.apply(x, dtype, cos, sin)
+    n = F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+    return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)

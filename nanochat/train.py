@@ -8,7 +8,7 @@ guard, save, resume). No callbacks, no subclassing: each script keeps its own vi
             loop.save(cursor)
         if step.last:
             break
-        for _ in range(loop.grad_accum):
+        for _ in loop.forwards():
             batch = next(batches)
             loop.backward(model(batch.x, batch.y, doc=batch.doc, loss_reduction="sum"), batch.tokens)
         loop.update()
@@ -169,7 +169,7 @@ class Step:
 
 
 class Loop:
-    """Iterates over steps. Between two steps the script calls backward() grad_accum times and update() once."""
+    """Iterates over steps. Within a step the script calls backward() for each of forwards(), then update() once."""
 
     def __init__(
         self,
@@ -195,7 +195,7 @@ class Loop:
         self.tokens, self.seconds, self.smooth_loss = 0, 0.0, 0.0
         self._loss = torch.zeros((), device=run.device)
         self._count = torch.zeros((), device=run.device)
-        self._started: float | None = None
+        self._started = time.perf_counter()
         self._peak = devices.peak_flops(run.device, run.dtype) * run.ranks.world_size
         self.last_row: dict[str, Any] = {}  # figures of the last step, for a report
         self._pending: dict[str, Any] = {}
@@ -224,10 +224,13 @@ class Loop:
             self._flush()
             self._bar.close()
 
+    def forwards(self) -> Iterator[int]:
+        """One turn per forward of the step; the step's clock starts here, so loading counts and evaluation does not."""
+        self._started = time.perf_counter()
+        yield from range(self.grad_accum)
+
     def backward(self, loss: Tensor, tokens: int) -> None:
         """Add the gradient of a summed loss over `tokens` targets. The update divides by all tokens of the step."""
-        if self._started is None:
-            self._started = time.perf_counter()
         if tokens:
             loss.backward()
         self._loss += loss.detach()
@@ -272,8 +275,7 @@ class Loop:
 
     def _clock(self, loss: float, grad_norm: float, scale: float) -> None:
         devices.synchronize(self.run.device)
-        assert self._started is not None, "update() without backward()"
-        dt, self._started = time.perf_counter() - self._started, None
+        dt = time.perf_counter() - self._started
         self.seconds += dt
         self.tokens += self._tokens_of_step
         self.smooth_loss = loss if self.step == 1 else 0.9 * self.smooth_loss + 0.1 * loss

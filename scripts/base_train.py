@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
                 samples = sample(run, model, tokenizer)
             if step.last:
                 break
-            for _ in range(grad_accum):
+            for _ in loop.forwards():
                 batch = next(batches)
                 loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
                 loop.backward(loss, batch.tokens)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,52 @@ def test_losses_after_kill_9_at_random_moments_are_those_of_an_uninterrupted_run
     for step, row in whole.items():
         for key in ("loss", "grad_norm", "val_bpb", "tokens"):
             assert killed[step].get(key) == row.get(key), (step, key)
+
+
+def torchrun(n: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "scripts.base_train", "--", *arguments]
+    return subprocess.run(command, cwd=REPO_DIR, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_save_and_resume_bit_identically(text: Path) -> None:
+    options = [*SMALL, "--num_iterations=9", "--eval_every=3", "--save_every=4", "--resume"]
+    for tag in ("whole", "cut"):
+        done = torchrun(2, [*options, f"--model_tag={tag}"])
+        assert done.returncode == 0, done.stderr[-2000:]
+    cut = text / "base_checkpoints" / "cut"
+    for p in (cut / "step_000009").iterdir():
+        p.unlink()
+    (cut / "step_000009").rmdir()
+    done = torchrun(2, [*options, "--model_tag=cut"])
+    assert done.returncode == 0 and "resuming cut at step 8" in done.stdout, done.stderr[-2000:]
+    whole, again = rows(text / "base_checkpoints/whole/metrics.jsonl"), rows(cut / "metrics.jsonl")
+    assert sorted(whole) == sorted(again) == list(range(10))
+    for step, row in whole.items():
+        for key in ("loss", "grad_norm", "val_bpb", "tokens"):
+            assert again[step].get(key) == row.get(key), (step, key)
+    assert whole[9]["val_bpb"] < whole[0]["val_bpb"]
+    with pytest.raises(UserError, match="was saved by 2 processes, this run has 1"):
+        base_train.main([*options, "--model_tag=cut"])
+
+
+def test_the_tracker_that_was_asked_for_gets_the_metrics(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple] = []
+    fake = types.ModuleType("trackio")
+    fake.init = lambda **kw: seen.append(("init", kw["name"])) or True  # pyrefly: ignore
+    fake.log = lambda metrics, step: seen.append((step, metrics["loss"]))  # pyrefly: ignore
+    fake.finish = lambda: seen.append(("finish",))  # pyrefly: ignore
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    base_train.main([*SMALL, "--num_iterations=2", "--eval_every=-1", "--track=trackio", "--run=mine"])
+    assert [s[0] for s in seen] == ["init", 1, 2, "finish"] and seen[0][1] == "mine"
+
+
+def test_a_tracker_that_is_not_installed_names_the_cure(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="wandb is not installed: uv pip install wandb, or --run=dummy"):
+        base_train.main([*SMALL, "--num_iterations=2", "--run=mine"])
 
 
 def rows_so_far(path: Path) -> set[int]:

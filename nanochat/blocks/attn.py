@@ -138,13 +138,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
         B, T, _ = x.shape
         H, G, K = self.n_head, self.n_kv_head, self.head_dim
-        qkv = linear_together(x, self.c_q, self.c_k, self.c_v)
-        q, k, v = (t.unflatten(-1, (-1, K)) for t in qkv)  # (B, T, H or G, K)
+        qkv = linear_together(x, self.c_q, self.c_k, self.c_v).view(B, T, H + 2 * G, K)
+        qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
         if self.value_embed is not None and self.value_gate is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, G)
             v = v + gate[..., None] * self.value_embed(ctx.ids).view(B, T, G, K).to(v.dtype)
-        q, k = rms_norm(q, q.dtype, ctx.cos, ctx.sin), rms_norm(k, k.dtype, ctx.cos, ctx.sin)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or G, T, K)
+        qk = rms_norm(qk, qk.dtype, ctx.cos, ctx.sin).transpose(1, 2)  # (B, H + G, T, K)
+        q, k, v = qk[:, :H], qk[:, H:], v.transpose(1, 2)
         return self.c_proj(self.attend(q, k, v, ctx, state).transpose(1, 2).reshape(B, T, H * K))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
