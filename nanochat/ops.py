@@ -204,13 +204,18 @@ def relu_squared(x: Tensor) -> Tensor:
     return x * x
 
 
+def _inverse_rms(x: Tensor) -> Tensor:
+    """(..., D) -> (..., 1) float32, in one pass over x."""
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return torch.rsqrt(size.square_().div_(x.size(-1)).add_(NORM_EPS))
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) over the last axis, then a rotation if there are tables; computed in float32, given in `dtype`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass, no copy
-        r = torch.rsqrt(size.square_().div_(x.size(-1)).add_(NORM_EPS))
+        r = _inverse_rms(x)
         ctx.save_for_backward(x, r, cos, sin)
         n = x * r
         return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)
@@ -233,5 +238,5 @@ def rms_norm(x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tens
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, dtype, cos, sin)
-    n = F.rms_norm(x.float(), (x.size(-1),), eps=NORM_EPS)
+    n = x * _inverse_rms(x)
     return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)

@@ -245,7 +245,9 @@ def main(argv: list[str]) -> None:
 def sample(run: Run, model: GPT, tokenizer: Tokenizer) -> list[str]:
     """Greedy continuations of the fixed prompts, printed."""
     prompts = [[tokenizer.bos_id, *tokenizer.encode(p)] for p in PROMPTS]
+    model.eval()
     rows, _ = Engine(model, tokenizer).generate_batch(prompts, max_tokens=16, temperature=0.0)
+    model.train()
     texts = [tokenizer.decode(row[1:]) for row in rows]
     for text in texts:
         run.print(f"sample: {text!r}")

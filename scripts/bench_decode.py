@@ -65,7 +65,7 @@ def engine_steps(cfg: BenchDecodeConfig, dtype: str, device: torch.device) -> St
     )
     model = GPT(config)
     model.init_weights(0)
-    model.to(device).set_compute(pick_dtype(dtype, device))
+    model.to(device).eval().set_compute(pick_dtype(dtype, device))
     engine = Engine(model)  # without a tokenizer no id ends a row: every row is max_tokens long
     options = {"max_tokens": cfg.max_tokens, "temperature": cfg.temperature, "top_k": cfg.top_k}
     return lambda batch: engine.generate(prompt_ids(cfg), num_samples=batch, **options)
