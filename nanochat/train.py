@@ -336,11 +336,27 @@ class Loop:
                 "skipped": self.skipped,
                 "rng": rng_state(),
             },
-            meta={"step": self.step, "num_iterations": self.num_iterations, **self.meta},
+            meta={**self.meta, "step": self.step, "num_iterations": self.num_iterations},
             rank=self.run.ranks.rank,
             world_size=self.run.ranks.world_size,
             keep_last=self.keep_last,
         )
+
+    def begin(self, resume: bool) -> dict[str, Any]:
+        """Go on from the newest checkpoint of this run, if asked to; a used folder is never overwritten.
+
+        Returns what the caller gave to save(), {} for a new run.
+        """
+        newest = self.run.newest()
+        if newest is None:
+            self.run.forget_after(-1)
+            return {}
+        if not resume:
+            raise UserError(
+                f"{self.run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
+                f"or choose another --model_tag, or remove the folder"
+            )
+        return self.restore(newest)
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Continue from a checkpoint of this run, exactly as if nothing had happened -> the caller's state."""
@@ -360,6 +376,7 @@ class Loop:
         self.tokens, self.seconds, self.smooth_loss = clock["tokens"], clock["seconds"], clock["smooth_loss"]
         self.skipped = state["skipped"]
         restore_rng(state["rng"])
+        self.meta = {**checkpoint.meta, **self.meta}
         self.run.forget_after(self.step)
         self.run.print(f"resuming {self.run.dir.name} at step {self.step}")
         return state["caller"]

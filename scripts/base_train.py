@@ -6,6 +6,7 @@ torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/transform
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -172,21 +173,12 @@ def main(argv: list[str]) -> None:
     model, kernels = build_model(config, run.device, run.dtype, cfg.kernels, cfg.seed)
     tokens_per_step = cfg.total_batch_size or cfg.device_batch_size * T * ranks.world_size
     num_iterations = cfg.iterations(model, tokens_per_step)
-    params, flops = model.n_params(), model.flops_per_token()
-    run.print(f"kernels: {kernels}")
-    run.print(f"blocks: {' '.join(model.config.block_pattern or [])}")
-    run.print(
-        f"model: {params['total'] / 1e6:.2f}M parameters ({params['embedding'] / 1e6:.2f}M embedding, "
-        f"{params['head'] / 1e6:.2f}M head, {params['blocks'] / 1e6:.2f}M blocks), {flops / 1e6:.1f} MFLOP per token"
-    )
-    run.print(
-        f"training: {num_iterations} steps of {tokens_per_step} tokens "
-        f"({grad_accum} x {cfg.device_batch_size} rows of {T} on {ranks.world_size} rank(s)), "
-        f"{num_iterations * tokens_per_step / params['total']:.1f} tokens per parameter"
+    describe(
+        run, model, kernels, num_iterations, tokens_per_step, f"{grad_accum} x {cfg.device_batch_size} rows of {T}"
     )
     loop = Loop(
         run, model, cfg.make_optimizer(model, run.dtype, ranks), num_iterations=num_iterations, grad_accum=grad_accum,
-        tokens_per_step=tokens_per_step, flops_per_token=flops, grad_clip=cfg.grad_clip,
+        tokens_per_step=tokens_per_step, flops_per_token=model.flops_per_token(), grad_clip=cfg.grad_clip,
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
         keep_last=cfg.keep_last,
         meta={
@@ -194,18 +186,7 @@ def main(argv: list[str]) -> None:
             "tokenizer_hash": tokenizer.hash, "kernels": kernels, "git": git_state(),
         },
     )  # fmt: skip
-    newest = run.newest()
-    if newest is not None and not cfg.resume:
-        raise UserError(
-            f"{run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
-            f"or choose another --model_tag, or remove the folder"
-        )
-    cursor: dict[str, Any] = {}
-    if newest is not None:
-        cursor = loop.restore(newest)
-        loop.meta |= {k: newest.meta[k] for k in ("val_bpb", "untrained_val_bpb") if k in newest.meta}
-    else:
-        run.forget_after(-1)
+    cursor = loop.begin(cfg.resume)  # where to go on in the data
     batches = PackedLoader(
         train_shards, tokenizer, cfg.device_batch_size, T, rank=ranks.rank, world_size=ranks.world_size,
         device=run.device, cursor=cursor or None,
@@ -218,6 +199,7 @@ def main(argv: list[str]) -> None:
         return evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
 
     samples: list[str] = []
+    place: Callable[[], dict[str, Any]] = lambda: cursor  # noqa: E731 (batch.cursor after the first batch)
     with batches, memory_advice(cfg.device_batch_size, T):
         for step in loop:
             if step.due(cfg.eval_every) or (step.number == 0 and cfg.eval_every >= 0):
@@ -226,7 +208,7 @@ def main(argv: list[str]) -> None:
                 loop.meta["val_bpb"] = val_bpb
                 loop.meta.setdefault("untrained_val_bpb", val_bpb)
             if step.due(cfg.save_every) and not step.first:
-                loop.save(cursor)
+                loop.save(place())
             if step.due(cfg.sample_every) and ranks.main:
                 samples = sample(run, model, tokenizer)
             if step.last:
@@ -235,11 +217,22 @@ def main(argv: list[str]) -> None:
                 batch = next(batches)
                 loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
                 loop.backward(loss, batch.tokens)
-            cursor = batch.cursor()
+            place = batch.cursor
             loop.update()
     if ranks.main:
         report(cfg, run, loop, samples)
     run.close()
+
+
+def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: int, forwards: str) -> None:
+    """What is about to be trained, in four lines."""
+    n, flops = model.n_params(), model.flops_per_token() / 1e6
+    parts = ", ".join(f"{n[part] / 1e6:.2f}M {part}" for part in ("embedding", "head", "blocks"))
+    ratio = steps * tokens_per_step / n["total"]
+    run.print(f"kernels: {kernels}")
+    run.print(f"blocks: {' '.join(model.config.block_pattern or [])}")
+    run.print(f"model: {n['total'] / 1e6:.2f}M parameters ({parts}), {flops:.1f} MFLOP per token")
+    run.print(f"training: {steps} steps of {tokens_per_step} tokens ({forwards}), {ratio:.1f} tokens per parameter")
 
 
 def sample(run: Run, model: GPT, tokenizer: Tokenizer) -> list[str]:
