@@ -2,7 +2,8 @@
 
 import os
 
-# Before torch loads its OpenMP: let idle threads sleep instead of spinning. On a busy machine spinning threads starve
-# each other (with one of two cores taken a training step took 8 s instead of 1.1 s); on an idle one sleeping costs 3 %
-# (docs/LOG.md, 2026-11-21). OMP_WAIT_POLICY=ACTIVE in the environment brings spinning back.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Before torch loads its OpenMP: let idle threads spin for some microseconds only, then sleep. On a busy machine threads
+# that spin starve each other (with one of two cores taken a training step took 8 s instead of 1.1 s); on an idle one
+# this costs 3 % (docs/LOG.md, 2026-11-21). GOMP_SPINCOUNT or OMP_WAIT_POLICY in the environment overrule it.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

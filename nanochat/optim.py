@@ -1,7 +1,7 @@
 """Muon for matrices, AdamW for the rest; one process or sharded over ranks (each rank keeps 1/W of the moments).
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
-five quintic Newton-Schulz iterations. AdamW is torch's own, fed with slices of the parameters.
+four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own, fed with slices of the parameters.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from nanochat.config import UserError
 from nanochat.device import Ranks
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al., chosen for slope at zero; singular values land in 0.7..1.2
-NS_STEPS = 5
+NS_STEPS = 4  # LOG 2026-11-21: 5 costs 2 % more time for the same loss
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
