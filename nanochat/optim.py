@@ -1,7 +1,8 @@
 """Muon for matrices, AdamW for the rest; one process or sharded over ranks (each rank keeps 1/W of the moments).
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
-four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own, fed with slices of the parameters.
+four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own, fed with
+slices of the parameters.
 """
 
 from collections.abc import Iterable
