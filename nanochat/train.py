@@ -93,6 +93,7 @@ class Run:
         """Only rank 0 talks; never in the middle of a progress bar."""
         if self.ranks.main:
             tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()  # a log that is followed shows each line when it is written
 
     @property
     def metrics_path(self) -> Path:
