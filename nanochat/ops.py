@@ -1,6 +1,6 @@
 """Reference mathematics in plain torch: correct everywhere and quick on a CPU. No module state, no kernels here.
 
-`linear_cross_entropy` and `causal_attention` carry hand-written gradients because eager autograd would keep every
+`linear_cross_entropy` and `block_attention` carry hand-written gradients because eager autograd would keep every
 intermediate: the logits of one step (B*T, V) are 67 MB in bfloat16 at 4,096 tokens and 8,192 words, and reading them
 from memory costs more than multiplying them. Both work in pieces that stay in cache.
 """
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CE_ROWS = (
-    512  # rows of logits alive at once: 8 MB at V = 8,192 in bfloat16 (LOG 2026-11-21: 512 beats 256, 1,024, 4,096)
-)
+CE_ROWS = 512  # rows of logits alive at once: 8 MB at V = 8,192 in bfloat16 (LOG 2026-11-21: the best of five)
 ATTN_BLOCK = 128  # queries per block: (B*H, 128, S) scores; the masked half of the work is mostly skipped
 
 
@@ -210,6 +208,11 @@ def _inverse_rms(x: Tensor) -> Tensor:
     return torch.rsqrt(size.square_().div_(x.size(-1)).add_(NORM_EPS))
 
 
+def _scale_and_rotate(x: Tensor, r: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    n = x * r
+    return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)
+
+
 class _RMSNorm(torch.autograd.Function):
     """x / rms(x) over the last axis, then a rotation if there are tables; computed in float32, given in `dtype`."""
 
@@ -217,8 +220,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
         r = _inverse_rms(x)
         ctx.save_for_backward(x, r, cos, sin)
-        n = x * r
-        return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)
+        return _scale_and_rotate(x, r, dtype, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyrefly: ignore[bad-override]
@@ -238,5 +240,4 @@ def rms_norm(x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tens
     """
     if torch.is_grad_enabled():
         return _RMSNorm.apply(x, dtype, cos, sin)
-    n = x * _inverse_rms(x)
-    return (n if cos is None or sin is None else rotate(n, cos, sin)).to(dtype)
+    return _scale_and_rotate(x, _inverse_rms(x), dtype, cos, sin)
