@@ -1,9 +1,13 @@
-"""Byte-level BPE in Rust: train a vocabulary, encode with it. Any number of threads gives the same result."""
+"""What Python is too slow for: byte-level BPE, and the selective scan on a CPU.
+
+Any number of threads gives the same result.
+"""
 
 from collections.abc import Iterable
 from typing import Literal, final
 
 import numpy as np
+import numpy.typing as npt
 
 DEFAULT_PATTERN: str
 """GPT-4's pattern with numbers cut into at most two digits."""
@@ -44,3 +48,79 @@ class Encoder:
 
         ids: uint16 if every id of the vocabulary is below 65536, else uint32; flat. offsets: int64, len(texts) + 1.
         """
+
+Floats = npt.NDArray[np.float32]
+Simd = Literal["avx512", "avx2", "baseline"]
+
+def simd_level() -> Simd:
+    """The widest vectors this machine has. "baseline": what the build assumes (SSE2 on x86-64, NEON on aarch64)."""
+
+def selective_scan_forward(
+    u: Floats,
+    delta: Floats,
+    a: Floats,
+    b: Floats,
+    c: Floats,
+    d: Floats | None = None,
+    z: Floats | None = None,
+    delta_bias: Floats | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Floats | None = None,
+    resets: npt.NDArray[np.uint8] | None = None,
+    lengths: npt.NDArray[np.int64] | None = None,
+    keep: bool = False,
+    threads: int = 1,
+    simd: Simd | None = None,
+) -> tuple[Floats, Floats, Floats | None]:
+    """The scan of Mamba-1 (arXiv 2312.00752): out (B, T, E), the last state (B, E, N), and if `keep`, for backward.
+
+    dt = softplus(delta + delta_bias), h = exp(dt a) h + dt u b, y = c h + d u, out = y silu(z), from h = initial_state.
+    u, delta, z: (B, T, E), a: (E, N), b, c: (B, T, N), d, delta_bias: (E,), initial_state: (B, E, N), C-contiguous.
+    resets: (B, T), not 0 where a document begins, which sees nothing of what came before; lengths: (B,), from this step
+    on the state stays as it is. simd: None = the best of this machine.
+    ValueError: an array of another type, shape or layout (it is named), or a `simd` this machine does not have.
+    """
+
+def selective_scan_backward(
+    grad_out: Floats,
+    grad_last: Floats | None,
+    borders: Floats,
+    u: Floats,
+    delta: Floats,
+    a: Floats,
+    b: Floats,
+    c: Floats,
+    d: Floats | None = None,
+    z: Floats | None = None,
+    delta_bias: Floats | None = None,
+    delta_softplus: bool = False,
+    *,
+    initial_state: Floats | None = None,
+    resets: npt.NDArray[np.uint8] | None = None,
+    lengths: npt.NDArray[np.int64] | None = None,
+    threads: int = 1,
+    simd: Simd | None = None,
+) -> list[Floats | None]:
+    """Gradients of u, delta, a, b, c, d, z, delta_bias, initial_state, in their shapes; None for what was None.
+
+    grad_out: (B, T, E); grad_last: (B, E, N), None = 0; borders: the third of selective_scan_forward(..., keep=True)
+    with the same other arguments.
+    """
+
+def selective_state_update(
+    state: Floats,
+    x: Floats,
+    dt: Floats,
+    a: Floats,
+    b: Floats,
+    c: Floats,
+    d: Floats | None = None,
+    z: Floats | None = None,
+    dt_bias: Floats | None = None,
+    dt_softplus: bool = False,
+    *,
+    threads: int = 1,
+    simd: Simd | None = None,
+) -> Floats:
+    """One step of the scan: `state` (B, E, N) is changed in place; x, dt, z: (B, E), b, c: (B, N) -> y (B, E)."""

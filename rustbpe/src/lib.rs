@@ -2,10 +2,15 @@
 //!
 //! The modules below are plain Rust. This file is the Python skin: it converts, lets go of the interpreter while the
 //! core works, and turns an [`Error`] into a `ValueError`. Signatures and their meaning are in `rustbpe.pyi`.
-#![cfg_attr(not(feature = "python"), forbid(unsafe_code))]
+#![deny(unsafe_code)] // except where a line below allows it
 
 pub mod count;
 pub mod encode;
+pub mod lanes;
+#[allow(unsafe_code)] // vector instructions, arrays that threads fill together
+pub mod scan;
+#[cfg(feature = "python")]
+mod scan_skin;
 pub mod split;
 pub mod table;
 pub mod train;
@@ -26,6 +31,7 @@ impl std::error::Error for Error {}
 pub type Result<T> = std::result::Result<T, Error>;
 
 #[cfg(feature = "python")]
+#[allow(unsafe_code)] // UTF-8 that Python has checked; what PyO3's macros write
 #[pyo3::pymodule(name = "rustbpe")]
 mod python {
     use numpy::IntoPyArray;
@@ -39,6 +45,9 @@ mod python {
     use crate::encode::{self, Batch};
     use crate::split::Splitter;
     use crate::train::Tie;
+
+    #[pymodule_export]
+    use crate::scan_skin::{selective_scan_backward, selective_scan_forward, selective_state_update, simd_level};
 
     #[pymodule_export]
     const DEFAULT_PATTERN: &str = crate::split::DEFAULT_PATTERN;
