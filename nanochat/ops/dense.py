@@ -30,8 +30,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = capped * softcap
             p = torch.softmax(logits, -1)
             index = yc.clamp_min(0)
-            total -= p.gather(1, index).float().clamp_min(1e-38).log().masked_fill(yc < 0, 0).sum()
-            p.scatter_add_(1, index, torch.full_like(index, -1, dtype=p.dtype))
+            chosen = p.gather(1, index)  # (n, 1)
+            total -= chosen.float().clamp_min(1e-38).log().masked_fill(yc < 0, 0).sum()
+            p.scatter_(1, index, chosen - 1)  # not scatter_add_, which copies all of a bfloat16 p to float32 and back
             if capped is not None:
                 p.mul_(capped.square_().neg_().add_(1))  # d tanh
             if some_without:
