@@ -25,7 +25,8 @@ STAGE_KEYS = frozenset(
     """
     depth aspect_ratio d_model n_head n_kv_head head_dim vocab_size max_seq_len block_pattern window_pattern window
     mlp_ratio value_embeddings residual_scalars softcap rope_base
-    mamba_d_state mamba_d_conv mamba_expand mamba_use_mlp doc_mask
+    mlp mamba_d_state mamba_d_conv mamba_expand mamba_use_mlp mamba2_d_state mamba2_head_dim mamba2_n_group
+    gdn_head_dim gdn_expand gdn_expand_v ssm_lr doc_mask
     num_iterations target_flops target_param_data_ratio device_batch_size total_batch_size grad_clip weight_decay
     embedding_lr unembedding_lr matrix_lr scalar_lr init_lr_frac warmup_ratio warmdown_ratio final_lr_frac
     momentum run model_tag step source resume save_every keep_last eval_every eval_tokens sample_every log_every
@@ -33,6 +34,7 @@ STAGE_KEYS = frozenset(
     knowledge_base retriever_type top_k max_doc_length max_hops top_k_per_hop use_rewards max_iterations
     insert_position base_tasks task_samples num_epochs target_examples_per_step eval_steps grad_accum_steps
     reward_weight_answer reward_weight_relevance reward_weight_efficiency dry_run resume_from_step
+    hf_path tasks max_per_task device_batch_tokens
     """.split()  # noqa: SIM905
 )
 
@@ -66,6 +68,13 @@ def load_config(cls: type[T], argv: Sequence[str] = ()) -> T:
         return cls(**values)  # pyrefly: ignore[bad-return]
     except ValueError as e:
         raise UserError(str(e)) from e
+
+
+def check_types(cls: type, values: dict[str, Any], where: str) -> None:
+    """UserError where a value has not the type of the field it is meant for."""
+    hints = {f.name: _plain_type(t) for f, t in _fields(cls)}
+    for key, value in values.items():
+        _check(key, value, hints[key], where)
 
 
 def describe_keys(cls: type) -> str:

@@ -11,11 +11,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from nanochat import kernels as kernels_module
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
 from nanochat.config import UserError
+from nanochat.kernels import Kernels, choose
 from nanochat.layers import Embedding, Linear, Rotary, init_normal, norm, set_compute_dtype
 from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
+
+ROLES = ("matrix", "embedding", "unembedding", "scalar", "ssm")  # matrix goes to Muon, the others to AdamW
 
 __all__ = ["GPT", "GPTConfig", "ModelState"]
 
@@ -51,16 +53,16 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        names = resolve_pattern(config.block_pattern, config.n_layer)
-        self.config = config = dataclasses.replace(config, block_pattern=names)
+        pattern = resolve_pattern(config.block_pattern, config.n_layer)
+        self.config = config = dataclasses.replace(config, block_pattern=pattern)
         self.embed = Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(build(name, config, i) for i, name in enumerate(names))
+        self.blocks = nn.ModuleList(build(entry, config, i) for i, entry in enumerate(pattern))
         self.head = Linear(config.d_model, config.vocab_size)
         if config.residual_scalars:
             self.x_scale = nn.Parameter(torch.empty(config.n_layer))
             self.x0_scale = nn.Parameter(torch.empty(config.n_layer))
         self.rotary = Rotary(config.head_dim, config.rope_base)
-        self.kernels = kernels_module.choose("reference", torch.device("cpu"))
+        self.kernels = Kernels()
 
     def init_weights(self, seed: int = 0) -> None:
         """Set every parameter; the same seed gives the same weights on every device.
@@ -79,7 +81,7 @@ class GPT(nn.Module):
     def set_compute(self, dtype: torch.dtype, kernels: str = "auto") -> str:
         """Choose the multiplication dtype and the kernels for the device the weights are on. Returns the reason."""
         set_compute_dtype(self, dtype)
-        self.kernels = kernels_module.choose(kernels, self.device)
+        self.kernels = choose(kernels, self.device, [op for b in self.layers for op in b.KERNELS], dtype)
         return self.kernels.reason
 
     @property
@@ -128,6 +130,8 @@ class GPT(nn.Module):
         self, ids: Tensor, *, doc: Tensor | None = None, state: ModelState | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         """The normed output of the last block, ids (B, T) -> (B, T, D)."""
+        if doc is not None and state is not None:
+            raise ValueError("doc marks packed rows of training; with a state every row is one document")
         ctx = self.context(ids, doc, state, lengths)
         x = norm(self.embed(ids).to(self.residual_dtype))
         x0 = x
@@ -162,7 +166,7 @@ class GPT(nn.Module):
             index = (pos[:, None] + torch.arange(T)).to(ids.device)
             cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, K/2)
         cpu_lengths = None if lengths is None else lengths.cpu()
-        return Context(ids, cos, sin, self.kernels, doc, pos, cpu_lengths)
+        return Context(ids, cos, sin, self.kernels, self.compute_dtype, doc, pos, cpu_lengths)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """x: (B, T, D), targets: (B, T) -> cross-entropy in nats."""
@@ -182,8 +186,8 @@ class GPT(nn.Module):
         raise ValueError(f"loss_reduction={reduction!r}: expected mean, sum or none")
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Role -> parameters, each parameter in exactly one role: matrix, embedding, unembedding, scalar."""
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "unembedding": [], "scalar": []}
+        """Role -> parameters, each parameter in exactly one role."""
+        groups: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
         groups["embedding"] += [self.embed.weight]  # pyrefly: ignore
         groups["unembedding"] += [self.head.weight]  # pyrefly: ignore
         if self.config.residual_scalars:
@@ -203,7 +207,7 @@ class GPT(nn.Module):
         return 6 * self.head.weight.numel() + sum(b.flops_per_token(seq_len) for b in self.layers)
 
     def state_bytes(self, context_len: int) -> int:
-        """Bytes one sequence of this length keeps for decoding in bfloat16."""
+        """Bytes one sequence of this length keeps for decoding on a GPU (keys and values bfloat16)."""
         return sum(b.state_bytes(context_len) for b in self.layers)
 
     def n_params(self) -> dict[str, int]:

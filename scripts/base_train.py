@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 
+from nanochat.blocks import entry_names
 from nanochat.common import git_state, run_script
 from nanochat.config import UserError, load_config
 from nanochat.dataloader import PackedLoader, document_index, val_windows
@@ -39,7 +40,9 @@ class BaseTrainConfig:
     head_dim: Annotated[int, "channels of a head; n_head = d_model / head_dim, rounded up to divide"] = 128
     n_head: Annotated[int, "heads; 0 = from head_dim"] = 0
     n_kv_head: Annotated[int, "key/value heads; 0 = n_head"] = 0
-    block_pattern: Annotated[list | str | None, "block of each layer, tiled to depth; none = attention"] = None
+    block_pattern: Annotated[list | str | None, "block of each layer, tiled to depth (docs/blocks.md); none = attn"] = (
+        None
+    )
     max_seq_len: Annotated[int, "context length of training"] = 2048
     mlp_ratio: Annotated[int, "hidden width of the MLP / d_model"] = 4
     softcap: Annotated[float, "cap of the logits; 0 = none"] = 15.0
@@ -49,9 +52,16 @@ class BaseTrainConfig:
     value_embeddings: Annotated[bool, "gated token embeddings added to the values of every second layer"] = False
     residual_scalars: Annotated[bool, "learned scale of the residual and of the embedding before each block"] = False
     mamba_d_state: Annotated[int, "state size N of a Mamba block"] = 16
-    mamba_d_conv: Annotated[int, "width of a Mamba block's convolution"] = 4
-    mamba_expand: Annotated[int, "inner width of a Mamba block / d_model"] = 2
-    mamba_use_mlp: Annotated[bool, "an MLP after each Mamba mixer"] = False
+    mamba_d_conv: Annotated[int, "width of the convolution, of mamba2 and gdn too"] = 4
+    mamba_expand: Annotated[int, "inner width / d_model, of mamba2 too"] = 2
+    mamba_use_mlp: Annotated[bool, "an MLP after each mamba, mamba2 or gdn mixer"] = False
+    mlp: Annotated[bool | None, "an MLP after every mixer; none = after attention, else as mamba_use_mlp"] = None
+    mamba2_d_state: Annotated[int, "state size N of a Mamba-2 head"] = 128
+    mamba2_head_dim: Annotated[int, "channels of a Mamba-2 head"] = 64
+    mamba2_n_group: Annotated[int, "groups of Mamba-2 heads that share B and C"] = 1
+    gdn_head_dim: Annotated[int, "channels of a Gated DeltaNet key"] = 64
+    gdn_expand: Annotated[float, "width of all Gated DeltaNet keys / d_model"] = 0.75
+    gdn_expand_v: Annotated[int, "channels of a Gated DeltaNet value / of its key"] = 2
     doc_mask: Annotated[bool, "documents packed into a row do not see each other"] = True
     # how long: the first of these that is positive decides
     num_iterations: Annotated[int, "optimizer steps; -1 = from the two below"] = -1
@@ -64,6 +74,7 @@ class BaseTrainConfig:
     embedding_lr: Annotated[float, "AdamW, embeddings; scaled by (d_model / 768)^-0.5"] = 0.2
     unembedding_lr: Annotated[float, "AdamW, head; scaled alike"] = 0.004
     scalar_lr: Annotated[float, "AdamW, scalars and gates"] = 0.02
+    ssm_lr: Annotated[float, "AdamW, what steers a recurrence: A_log, D, dt, convolutions"] = 0.01
     matrix_lr: Annotated[float, "Muon, matrices"] = 0.02
     weight_decay: Annotated[float, "decoupled, matrices only"] = 0.0
     grad_clip: Annotated[float, "largest gradient norm; 0 = no clipping"] = 1.0
@@ -114,7 +125,8 @@ class BaseTrainConfig:
         same = {f.name for f in dataclasses.fields(GPTConfig)} & {f.name for f in dataclasses.fields(self)}
         values: dict[str, Any] = {name: getattr(self, name) for name in same}
         values |= {"n_layer": self.depth, "d_model": d_model, "n_head": n_head}
-        return GPTConfig(**values, vocab_size=vocab_size, seq_len=self.max_seq_len)
+        values |= {"vocab_size": vocab_size, "seq_len": self.max_seq_len}
+        return GPTConfig(**values)
 
     def grad_accum(self, world_size: int) -> int:
         """Forwards per rank and step."""
@@ -143,6 +155,7 @@ class BaseTrainConfig:
             "embedding": self.embedding_lr * scale,
             "unembedding": self.unembedding_lr * scale,
             "scalar": self.scalar_lr,
+            "ssm": self.ssm_lr,
         }
         return MuonAdamW(model, model.param_groups(), lrs, weight_decay=self.weight_decay, dtype=dtype, ranks=ranks)
 
@@ -230,7 +243,7 @@ def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: in
     parts = ", ".join(f"{n[part] / 1e6:.2f}M {part}" for part in ("embedding", "head", "blocks"))
     ratio = steps * tokens_per_step / n["total"]
     run.print(f"kernels: {kernels}")
-    run.print(f"blocks: {' '.join(model.config.block_pattern or [])}")
+    run.print(f"blocks: {' '.join(entry_names(model.config.block_pattern, model.config.n_layer))}")
     run.print(f"model: {n['total'] / 1e6:.2f}M parameters ({parts}), {flops:.1f} MFLOP per token")
     run.print(f"training: {steps} steps of {tokens_per_step} tokens ({forwards}), {ratio:.1f} tokens per parameter")
 
@@ -252,7 +265,7 @@ def report(cfg: BaseTrainConfig, run: Run, loop: Loop, samples: list[str]) -> No
     params, last = loop.model.n_params(), loop.last_row
     metrics = {
         "model_tag": run.model_tag,
-        "blocks": " ".join(loop.model.config.block_pattern or []),
+        "blocks": " ".join(entry_names(loop.model.config.block_pattern, loop.model.config.n_layer)),
         "parameters": params["total"],
         "steps": loop.num_iterations,
         "tokens": loop.tokens,

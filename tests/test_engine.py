@@ -314,13 +314,15 @@ def test_no_tools_means_no_call():
 SHAPES = {
     **{name: {"block_pattern": [name], "n_layer": 2} for name in BLOCKS},
     "all": {"block_pattern": list(BLOCKS), "n_layer": 2 * len(BLOCKS)},
+    "sandwich": {"block_pattern": ["mamba", "attn", "gdn", "attn", "mamba2"], "n_layer": 5},
     "window": {"n_layer": 3, "window_pattern": "SSL", "window": 5, "n_kv_head": 1, "value_embeddings": True},
 }
 
 
 @pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys(), scope="module")
 def gpt(request):
-    config = GPTConfig(**request.param, d_model=32, n_head=2, vocab_size=ByteTokenizer.vocab_size, seq_len=48)
+    sizes = {"mamba2_head_dim": 16, "mamba2_d_state": 16, "gdn_head_dim": 12}
+    config = GPTConfig(**request.param, **sizes, d_model=32, n_head=2, vocab_size=ByteTokenizer.vocab_size, seq_len=48)
     model = GPT(config)
     model.init_weights(0)
     generator = torch.Generator().manual_seed(1)

@@ -1,37 +1,41 @@
-"""The registry of blocks and the pattern that names a stack of them. Adding a block is one file plus one line here."""
+"""The registry of blocks. Adding one is one file plus one line here; pattern.py reads the notations of a stack."""
 
+import dataclasses
+import difflib
 import importlib
 
 from nanochat.blocks.attn import AttentionBlock
-from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig
-from nanochat.config import UserError
+from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, RecurrentState
+from nanochat.blocks.gdn import GatedDeltaNetBlock
+from nanochat.blocks.mamba import MambaBlock
+from nanochat.blocks.mamba2 import Mamba2Block
+from nanochat.blocks.mlp import MLPBlock
+from nanochat.blocks.pattern import SHORT_NAMES, Entry, entry_name, entry_names, resolve_pattern
+from nanochat.config import UserError, check_types
 
-BLOCKS: dict[str, type[Block]] = {"attn": AttentionBlock}
-SHORT_NAMES = {"T": "attn", "transformer": "attn", "attention": "attn", "M": "mamba", "M2": "mamba2"}
+BLOCKS: dict[str, type[Block]] = {
+    "attn": AttentionBlock,
+    "mamba": MambaBlock,
+    "mamba2": Mamba2Block,
+    "gdn": GatedDeltaNetBlock,
+    "mlp": MLPBlock,
+}
+# fields that all layers share, so that an entry of the pattern cannot set them
+SHARED_FIELDS = {"n_layer", "block_pattern", "window_pattern", "d_model", "n_head", "vocab_size", "seq_len"}
+SHARED_FIELDS |= {"rope_base", "softcap", "residual_scalars"}
 
-__all__ = ["BLOCKS", "Block", "BlockState", "Context", "GPTConfig", "build", "resolve_pattern"]
-
-
-def resolve_pattern(pattern: list | str | None, n_layer: int) -> list[str]:
-    """The block name of each of n_layer layers. A shorter pattern is tiled; its length must divide n_layer.
-
-    pattern: a list of names, a comma-separated string ("T,T,M"), a string of letters ("TTM"), or None for attention.
-    """
-    names = _split(pattern) if pattern else ["attn"]
-    if n_layer % len(names):
-        raise UserError(
-            f"block_pattern names {len(names)} blocks, which does not divide n_layer={n_layer}: "
-            f"make it {n_layer} long, or a length that divides {n_layer}"
-        )
-    return [SHORT_NAMES.get(n, n) for n in names] * (n_layer // len(names))
-
-
-def _split(pattern: list | str) -> list[str]:
-    if not isinstance(pattern, str):
-        return [str(n) for n in pattern]
-    if "," in pattern or pattern in BLOCKS or pattern in SHORT_NAMES or ":" in pattern:
-        return [n.strip() for n in pattern.split(",")]
-    return list(pattern)
+__all__ = [
+    "BLOCKS",
+    "Block",
+    "BlockState",
+    "Context",
+    "GPTConfig",
+    "RecurrentState",
+    "build",
+    "entry_name",
+    "entry_names",
+    "resolve_pattern",
+]
 
 
 def block_class(name: str) -> type[Block]:
@@ -51,6 +55,16 @@ def block_class(name: str) -> type[Block]:
     raise UserError(f"unknown block {name!r} in block_pattern: known are {', '.join(known)}, or pkg.mod:Class")
 
 
-def build(name: str, config: GPTConfig, layer_idx: int) -> Block:
-    """The block of one layer. Raises UserError for an unknown name."""
-    return block_class(name)(config, layer_idx)
+def build(entry: Entry, config: GPTConfig, layer_idx: int) -> Block:
+    """The block of one layer; an entry's other keys replace fields of the configuration for this layer alone."""
+    cls = block_class(entry_name(entry))
+    overrides = {k: v for k, v in entry.items() if k != "block"} if isinstance(entry, dict) else {}
+    fields = {f.name for f in dataclasses.fields(GPTConfig)} - SHARED_FIELDS
+    for key in overrides:
+        if key not in fields and key not in cls.OPTIONS:
+            near = difflib.get_close_matches(key, fields | set(cls.OPTIONS), n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a layer can set {', '.join(sorted(fields))}"
+            raise UserError(f"block_pattern, layer {layer_idx}: {entry} has an unknown key {key!r}: {hint}")
+    changed = {k: v for k, v in overrides.items() if k in fields}
+    check_types(GPTConfig, changed, where=f"block_pattern, layer {layer_idx}")
+    return cls(dataclasses.replace(config, **changed), layer_idx)

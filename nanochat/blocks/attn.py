@@ -1,6 +1,6 @@
-"""Attention block: grouped-query causal attention with RoPE and QK norm, then a ReLU^2 MLP, both pre-norm.
+"""Attention block ("attn"): grouped-query causal attention with RoPE and QK norm, then by default a ReLU^2 MLP.
 
-Optional per config: a sliding window on some layers (arXiv 2004.05150), gated value embeddings (as in modded-nanogpt,
+Optional: a sliding window on some layers (arXiv 2004.05150), gated value embeddings (as in modded-nanogpt,
 after arXiv 2410.17897).
 """
 
@@ -9,8 +9,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, linear_flops
-from nanochat.layers import MLP, Embedding, Linear, init_uniform, linear_together, norm
+from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig
+from nanochat.blocks.pattern import entry_names
+from nanochat.layers import Embedding, Linear, init_uniform, linear_together
 from nanochat.ops import attention_mask, rms_norm, shared_prefix_attention
 
 GATE_CHANNELS = 32  # channels of x that set the gate of the value embedding
@@ -166,27 +167,28 @@ class Attention(nn.Module):
 
 
 class AttentionBlock(Block):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention, full or in a sliding window; the pattern entry's `window` (0 = full) wins over window_pattern."""
+
+    OPTIONS = ("window",)
+    KERNELS = ("attention",)
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        names = config.block_pattern or ["attn"] * config.n_layer
+        super().__init__(config, layer_idx, mlp=True)
+        names = entry_names(config.block_pattern, config.n_layer)
         ordinal, n_attn = names[:layer_idx].count("attn"), names.count("attn")
         last = ordinal == n_attn - 1
         short = config.window_pattern[ordinal % len(config.window_pattern)] == "S" and not last
         window = (config.window or max(1, config.seq_len // 4)) if short else 0
+        window = self.option("window", window) or 0
         self.attn = Attention(config, window, config.value_embeddings and (n_attn - 1 - ordinal) % 2 == 0)
-        self.mlp = MLP(config.d_model, config.mlp_ratio * config.d_model)
 
-    def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
+    def mix(self, x: Tensor, ctx: Context, state: BlockState | None) -> Tensor:
         assert state is None or isinstance(state, AttentionState)
-        dtype = self.mlp.c_fc.compute_dtype  # cast once, not in every Linear
-        x = x + self.attn(norm(x, dtype), ctx, state)
-        return x + self.mlp(norm(x, dtype))
+        return self.attn(x, ctx, state)
 
     def init_weights(self, generator: torch.Generator) -> None:
         self.attn.init_weights(generator)
-        self.mlp.init_weights(generator)
+        super().init_weights(generator)
 
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
         window = self.attn.window
@@ -196,15 +198,16 @@ class AttentionBlock(Block):
         )
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "scalar": []}
-        for name, p in self.named_parameters():
-            role = {"value_embed": "embedding", "value_gate": "scalar"}.get(name.split(".")[-2], "matrix")
-            groups[role].append(p)
+        groups = super().param_groups()
+        gate = self.attn.value_gate
+        if gate is not None:  # a gate of few channels is no matrix for Muon
+            groups["matrix"] = [p for p in groups["matrix"] if p is not gate.weight]
+            groups["scalar"] += gate.parameters()
         return groups
 
     def flops_per_token(self, seq_len: int) -> int:
         seen = min(seq_len, self.attn.window or seq_len)
-        return linear_flops(self) + 12 * self.attn.n_head * self.attn.head_dim * seen
+        return super().flops_per_token(seq_len) + 12 * self.attn.n_head * self.attn.head_dim * seen
 
     def state_bytes(self, context_len: int) -> int:
         kept = min(context_len, self.attn.window or context_len)

@@ -1,12 +1,12 @@
 """What a block is: the model's configuration, the context one forward shares, and the methods the core calls.
 
-The core knows no block by name. A block mixes tokens (and, in most, channels), makes and advances its own state, and
-says what it costs. Positions live in the context: the model advances them once per forward, a block never does.
+The core knows no block by name. A block mixes tokens and, if it has an MLP, channels; it makes and advances its own
+state and says what it costs. Positions live in the context: the model advances them once per forward, no block does.
 """
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanochat.config import UserError
 from nanochat.kernels import Kernels
+from nanochat.layers import MLP, Linear, norm
 
 
 @dataclass(frozen=True)
@@ -34,10 +35,17 @@ class GPTConfig:
     window: int = 0  # tokens an S layer sees; 0 = seq_len / 4
     value_embeddings: bool = False  # every second attention layer adds a gated embedding of the token to its values
     residual_scalars: bool = False  # x <- a_i x + b_i x_0 before block i, both learned
+    mlp: bool | None = None  # an MLP after the mixer; None = attention has one, the others as mamba_use_mlp says
     mamba_d_state: int = 16
-    mamba_d_conv: int = 4
-    mamba_expand: int = 2
+    mamba_d_conv: int = 4  # width of the short convolution, of gdn too
+    mamba_expand: int = 2  # d_inner / d_model, of mamba2 too
     mamba_use_mlp: bool = False
+    mamba2_d_state: int = 128
+    mamba2_head_dim: int = 64
+    mamba2_n_group: int = 1  # groups of heads that share B and C
+    gdn_head_dim: int = 64  # channels of a key; a value has gdn_expand_v times as many
+    gdn_expand: float = 0.75  # width of all keys / d_model, as in arXiv 2412.06464
+    gdn_expand_v: int = 2
 
     def __post_init__(self) -> None:
         if self.n_layer < 1 or self.vocab_size < 1 or self.seq_len < 1:
@@ -50,6 +58,11 @@ class GPTConfig:
             raise UserError(f"head_dim={self.head_dim} is odd, rotary embedding needs pairs: change d_model or n_head")
         if self.n_head % self.kv_heads:
             raise UserError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}: change one of them")
+        if self.mamba_d_state < 1 or self.mamba_d_conv < 2 or self.mamba_expand < 1:
+            raise UserError(
+                f"mamba_d_state={self.mamba_d_state}, mamba_d_conv={self.mamba_d_conv}, mamba_expand="
+                f"{self.mamba_expand}: expected at least 1, 2 and 1"
+            )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise UserError(f"window_pattern={self.window_pattern!r}: expected letters S and L, like SSSL")
 
@@ -70,6 +83,7 @@ class Context:
     cos: Tensor  # rotary tables for these tokens, (1 or B, T, 1, K/2)
     sin: Tensor
     kernels: Kernels
+    dtype: torch.dtype = torch.float32  # matrices multiply in this
     doc: Tensor | None = None  # (B, T) document index in a packed row; None = one document per row
     pos: Tensor | None = None  # (B,) tokens each row's state holds already; None = no state
     lengths: Tensor | None = None  # (B,) new tokens per row when rows are right-padded; None = all T
@@ -88,13 +102,18 @@ class Context:
         assert self.pos is not None
         return (self.pos[:, None] + torch.arange(self.ids.size(1))).to(self.ids.device)
 
+    @cached_property
+    def valid(self) -> Tensor | None:
+        """`lengths` on the device, or None."""
+        return None if self.lengths is None else self.lengths.to(self.ids.device)
+
 
 class BlockState:
-    """What a block remembers between forwards; row b belongs to sequence b."""
+    """What a block remembers between forwards; row b belongs to sequence b. This one remembers nothing."""
 
     def select(self, rows: Tensor) -> "BlockState":
         """A state of the given rows, in that order (rows may repeat)."""
-        raise NotImplementedError
+        return self
 
     def repeat(self, n: int, pos: Tensor) -> "BlockState":
         """Row i becomes rows i*n .. i*n + n-1; pos (B,): tokens each row has seen."""
@@ -102,41 +121,92 @@ class BlockState:
 
     def bytes(self) -> int:
         """Memory held, all rows together."""
-        raise NotImplementedError
+        return 0
+
+
+class RecurrentState(BlockState):
+    """Named tensors of a constant size, (B, ...) each: the tail of a convolution, the state of a recurrence."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def update(self, **tensors: Tensor) -> None:
+        """Replace tensors after a forward; dtypes stay."""
+        for name, t in tensors.items():
+            self.tensors[name] = t.to(self.tensors[name].dtype)
+
+    def select(self, rows: Tensor) -> "RecurrentState":
+        return RecurrentState(**{k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()})
+
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
 
 
 class Block(nn.Module):
-    """One layer of the stack: x (B, T, D) float -> (B, T, D)."""
+    """One layer of the stack: x + mix(norm(x)), then, if it has an MLP, x + mlp(norm(x)). x: (B, T, D) float.
 
-    def __init__(self, config: GPTConfig, layer_idx: int) -> None:
+    A block of one's own overrides `mix` and `init_weights`, and what of the rest differs; docs/blocks.md shows one.
+    """
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys of a pattern entry that are no field of GPTConfig, see option()
+    KERNELS: ClassVar[tuple[str, ...]] = ()  # operations it calls on ctx.kernels, so that a choice can name them
+
+    def __init__(self, config: GPTConfig, layer_idx: int, mlp: bool = False) -> None:
+        """mlp: whether the block has an MLP where config.mlp is None."""
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
+        has_mlp = mlp if config.mlp is None else config.mlp
+        self.mlp = MLP(config.d_model, config.mlp_ratio * config.d_model) if has_mlp else None
+
+    def option(self, key: str, default: Any) -> Any:
+        """The value this layer's entry in the pattern gives to one of OPTIONS."""
+        pattern = self.config.block_pattern
+        entry = pattern[self.layer_idx] if isinstance(pattern, list) and self.layer_idx < len(pattern) else None
+        return entry.get(key, default) if isinstance(entry, dict) else default
+
+    def mix(self, x: Tensor, ctx: Context, state: BlockState | None) -> Tensor:
+        """Mix tokens: x (B, T, D) in ctx.dtype -> (B, T, D).
+
+        With a state, x continues the sequences at ctx.pos, and the state is advanced by ctx.lengths (or T).
+        """
+        raise NotImplementedError
 
     def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
-        """With a state, x continues the sequences at ctx.pos and the state is advanced by ctx.lengths (or T)."""
-        raise NotImplementedError
+        x = x + self.mix(norm(x, ctx.dtype), ctx, state)
+        return x if self.mlp is None else x + self.mlp(norm(x, ctx.dtype))
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Set every parameter, also after to_empty()."""
-        raise NotImplementedError
+        """Set every parameter, also after to_empty(). This one sets the MLP's: call it, then set your own."""
+        if self.mlp is not None:
+            self.mlp.init_weights(generator)
 
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> BlockState:
-        raise NotImplementedError
+        return BlockState()
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
-        """Role -> parameters: 'matrix' (Muon), 'embedding', 'unembedding', 'scalar' (AdamW, each with its own rate)."""
-        raise NotImplementedError
+        """Role -> parameters: 'matrix' (Muon), 'embedding', 'unembedding', 'scalar', 'ssm' (AdamW, a rate for each).
+
+        Here: weights of Linears are matrices, Embeddings are embeddings, all else is scalar. Only matrices decay.
+        """
+        roles: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "scalar": []}
+        for module in self.modules():
+            role = {Linear: "matrix", nn.Embedding: "embedding"}
+            kind = next((name for cls, name in role.items() if isinstance(module, cls)), "scalar")
+            roles[kind] += module.parameters(recurse=False)
+        return roles
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Forward + backward FLOPs per token at this context length (6 per weight used, 12 H K S for attention)."""
-        raise NotImplementedError
+        """Forward + backward FLOPs per token at this context length: 6 per weight used, and what mixing adds."""
+        return linear_flops(self)
 
     def state_bytes(self, context_len: int) -> int:
-        """Bytes one sequence of this length keeps for decoding in bfloat16."""
-        raise NotImplementedError
+        """Bytes one sequence of this length keeps for decoding on a GPU (bfloat16, recurrent states float32)."""
+        return 0
 
 
 def linear_flops(module: nn.Module) -> int:
-    """6 FLOPs per weight of every 2-D parameter except embeddings: 2 forward, 4 backward."""
-    tables = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return 6 * sum(p.numel() for p in module.parameters() if p.ndim == 2 and id(p) not in tables)
+    """6 FLOPs per weight of every Linear: 2 forward, 4 backward."""
+    return 6 * sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
