@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From an empty machine to a model that answers:  bash speedrun.sh
-# Without a GPU: a tiny base model on text it makes itself, in some minutes. With GPUs: the depth-20 recipe on FineWeb-EDU.
+# Without a GPU: a tiny hybrid of Mamba and attention on text it makes itself, in some minutes. With GPUs: the depth-20
+# recipe on FineWeb-EDU.
 # Interrupted, it goes on where it stopped; finished, a second run only reports and samples again.
 #
 #   NANOCHAT_BASE_DIR=DIR   where data, tokenizer, checkpoints and report go (default ~/.cache/nanochat)
@@ -10,6 +11,7 @@
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
 #   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
+#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 20)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 
@@ -75,9 +77,11 @@ cpu_run() {
     stage tok_eval - python -m scripts.tok_eval
     local -a flags
     read -ra flags <<<"${SPEEDRUN_TRAIN:-}"
-    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_transformer.py --run="$RUN" \
+    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
+    stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
+        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-20}" --lrs=0.01 --seeds=1 --lengths=256,1024
 }
 
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
@@ -99,7 +103,7 @@ gpu_run() {
 }
 
 GPUS="${GPUS:-$(count_gpus)}"
-if [ "$GPUS" = 0 ]; then TAG=tiny; else TAG="d${DEPTH:-20}"; fi
+if [ "$GPUS" = 0 ]; then TAG=tiny_hybrid; else TAG="d${DEPTH:-20}"; fi
 if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG"; fi
 mkdir -p "$STAMPS"
 stage report_reset - python -m nanochat.report reset

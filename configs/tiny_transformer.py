@@ -15,4 +15,4 @@ eval_every = 100
 eval_tokens = 65536
 sample_every = 0
 save_every = 50
-model_tag = "tiny"
+model_tag = "tiny_transformer"

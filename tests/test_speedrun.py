@@ -40,7 +40,7 @@ def kill_after_a_checkpoint(base: Path) -> None:
     """Run until base_train has saved its first checkpoint, then kill -9 the whole process group."""
     process = start(base)
     deadline = time.monotonic() + 900
-    while not list((base / "base_checkpoints").glob("tiny/step_*")):
+    while not list((base / "base_checkpoints").glob("tiny_hybrid/step_*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -53,7 +53,7 @@ def test_a_killed_speedrun_goes_on_where_it_stopped(base: Path):
     code, out, err = finish(base)
     assert code == 0, err
     assert finished_before(out) == STAGES[:4]
-    step = re.search(r"resuming tiny at step (\d+)", out)
+    step = re.search(r"resuming tiny_hybrid at step (\d+)", out)
     assert step and 15 <= int(step[1]) < 60
     assert (base / "report" / "report.md").is_file()
 
@@ -66,4 +66,4 @@ def test_a_killed_speedrun_goes_on_where_it_stopped(base: Path):
     )  # another run: it may not take over this one's model
     assert code == 1 and "FRESH=1" in err
     assert finished_before(out) == STAGES[:4]
-    assert list((base / "base_checkpoints" / "tiny").glob("step_000060"))
+    assert list((base / "base_checkpoints" / "tiny_hybrid").glob("step_000060"))

@@ -1,0 +1,12 @@
+"""20 Mamba layers without MLPs, width 1,280: a pure state space model, for comparison. Not run by us yet.
+
+8 GPUs: torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/mamba_d20.py
+"""
+
+depth = 20
+block_pattern = ["mamba"] * 20
+mamba_d_state = 16
+max_seq_len = 2048
+device_batch_size = 32
+total_batch_size = 524288
+target_param_data_ratio = 20
