@@ -109,6 +109,23 @@ setup_rustbpe() {
     echo "$want" >.venv/rustbpe.stamp
 }
 
+# What the tests compare with and nothing else needs: the plain-torch references in two packages that otherwise want CUDA.
+# With these variables their set-up compiles nothing. tests/run.sh calls this; without the network, those tests skip.
+setup_oracles() {
+    local want="mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0"
+    if [ "$(cat .venv/oracles.stamp 2>/dev/null)" = "$want" ]; then
+        return
+    fi
+    echo "setup: installing the references that tests compare with ($want)"
+    # shellcheck disable=SC2086
+    if MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE \
+        "$UV" pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation $want; then
+        echo "$want" >.venv/oracles.stamp
+    else
+        echo "setup: could not install them: the tests that need them will be skipped" >&2
+    fi
+}
+
 setup_python
 setup_uv
 setup_venv

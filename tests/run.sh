@@ -8,6 +8,7 @@ if [ "${CI:-}" = true ]; then
 fi
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup.sh"
 setup_rust
+setup_oracles
 # Tensors here are small: more threads cost time, and one thread adds up in the same order on every machine.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PYO3_PYTHON="$PWD/.venv/bin/python" # what the crate's Python skin is checked against
