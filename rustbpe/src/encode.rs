@@ -1,8 +1,9 @@
 //! Text to token ids: cut it into pieces, look each up, merge what is not known.
 //!
-//! One table a thread holds the tokens of the vocabulary (most pieces are one token) and the pieces merged before. It is
-//! kept from call to call and has a bounded size. Merging takes the pair of lowest rank first, the leftmost of equals,
-//! as tiktoken does.
+//! Most pieces are one token and are found in the vocabulary. The others are looked up in a cache of pieces merged
+//! before, one a thread, which is kept from call to call and has a bounded size. Memory is what a look-up waits for, so
+//! pieces are taken in batches: the places where a batch will look are prefetched. Merging takes the pair of lowest rank
+//! first, the leftmost of equals, as tiktoken does.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -17,7 +18,8 @@ use crate::{Error, Result};
 const NO_RANK: u32 = u32::MAX;
 const CHUNK: usize = 1 << 16; // bytes of text a thread takes at a time
 const LONG_PIECE: usize = 128; // bytes from which merging uses a heap; longer pieces are not cached
-const CACHE_PIECES: usize = 3 << 17; // beside the vocabulary: 24 bytes each, in a table that is 3/8 to 3/4 full
+const BATCH: usize = 64; // pieces that are cut and prefetched before the first is looked up
+const CACHE_PIECES: usize = 3 << 17; // 24 bytes each, in a table that is 3/8 to 3/4 full
 const CACHE_IDS: usize = 1 << 21; // 8 MB
 const CACHE_BYTES: usize = 1 << 23; // of pieces longer than 15 bytes
 
@@ -57,10 +59,11 @@ impl Id for u32 {
 struct Cache {
     table: Table<Known>,
     ids: Vec<u32>,
-    parts: Vec<Part>,
+    pieces: Vec<Piece>, // of a batch
+    parts: Vec<Part>,   // of a piece
 }
 
-/// The ids of a piece: `at` itself if there is one, else `ids[at..at + len]`.
+/// The ids of a piece that is no token: `ids[at..at + len]`.
 #[derive(Clone, Copy, Default)]
 struct Known {
     at: u32,
@@ -73,6 +76,19 @@ struct Part {
     start: usize,
     id: u32,
     rank: u32, // of this part and the next taken together
+}
+
+/// A piece of a text, and its key.
+struct Piece {
+    start: usize,
+    end: usize,
+    key: Key,
+}
+
+impl Piece {
+    fn bytes<'a>(&self, text: &'a [u8]) -> &'a [u8] {
+        &text[self.start..self.end]
+    }
 }
 
 /// The ids of many texts: those of text i are `ids[offsets[i]..offsets[i + 1]]`.
@@ -99,7 +115,7 @@ impl Encoder {
     /// # Ok::<(), rustbpe::Error>(())
     /// ```
     pub fn new(ranks: &[(Vec<u8>, u32)], splitter: Splitter) -> Result<Encoder> {
-        let mut vocab = Table::<u32>::default();
+        let mut vocab = Table::<u32>::with_room(ranks.len());
         let (mut bytes, mut pairs) = ([NO_RANK; 256], vec![NO_RANK; 1 << 16]);
         let (mut longest, mut max_id) = (0, 0);
         for (token, rank) in ranks {
@@ -213,56 +229,65 @@ impl Encoder {
     /// Lend a cache to `work`: one that an earlier call left, or a new one.
     fn with_cache<T>(&self, work: impl FnOnce(&mut Cache) -> Result<T>) -> Result<T> {
         let caches = || self.caches.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut cache = caches().pop().unwrap_or_else(|| {
-            let mut cache = Cache::default();
-            self.reset(&mut cache);
-            cache
-        });
+        let mut cache = caches().pop().unwrap_or_default();
         let result = work(&mut cache);
         caches().push(cache);
         result
     }
 
-    /// Forget all pieces but the tokens.
-    fn reset(&self, cache: &mut Cache) {
-        cache.ids.clear();
-        cache.table.clear();
-        self.vocab.for_each(|token, id| {
-            *cache.table.slot(&Key::new(token, 0, token.len()), token) = Known { at: id, len: 1 };
-        });
-    }
-
     fn encode_into<T: Id>(&self, text: &str, cache: &mut Cache, out: &mut Vec<T>) -> Result<()> {
         let bytes = text.as_bytes();
+        let mut pieces = std::mem::take(&mut cache.pieces);
+        pieces.clear();
         self.splitter.for_each(text, |start, end| {
             let key = Key::new(bytes, start, end);
-            match cache.table.get(&key, &bytes[start..end]) {
-                Some(Known { at, len: 1 }) => out.push(T::new(at)),
-                Some(Known { at, len }) => {
-                    out.extend(cache.ids[at as usize..][..len as usize].iter().map(|&id| T::new(id)));
-                }
-                None => self.encode_new(bytes, start, end, &key, cache, out),
+            self.vocab.prefetch(&key);
+            pieces.push(Piece { start, end, key });
+            if pieces.len() == BATCH {
+                self.encode_batch(bytes, &pieces, cache, out);
+                pieces.clear();
             }
-        })
+        })?;
+        self.encode_batch(bytes, &pieces, cache, out);
+        cache.pieces = pieces;
+        Ok(())
     }
 
-    /// A piece that is not known: merge it, and remember it unless it is long.
+    /// Append the ids of a batch: first look up the tokens, then the rest, which has been prefetched by then.
     #[inline(never)]
-    fn encode_new<T: Id>(&self, text: &[u8], start: usize, end: usize, key: &Key, cache: &mut Cache, out: &mut Vec<T>) {
-        let piece = &text[start..end];
-        if piece.len() >= LONG_PIECE {
-            return self.merge_long(piece, |id| out.push(T::new(id)));
+    fn encode_batch<T: Id>(&self, text: &[u8], pieces: &[Piece], cache: &mut Cache, out: &mut Vec<T>) {
+        let mut tokens = [NO_RANK; BATCH];
+        for (token, piece) in tokens.iter_mut().zip(pieces) {
+            match self.vocab.get(&piece.key, piece.bytes(text)) {
+                Some(id) => *token = id,
+                None => cache.table.prefetch(&piece.key),
+            }
         }
-        self.merge(text, start, end, &mut cache.parts);
+        out.reserve(BATCH);
+        for (&token, piece) in tokens.iter().zip(pieces) {
+            match token {
+                NO_RANK => self.encode_other(text, piece, cache, out),
+                id => out.push(T::new(id)),
+            }
+        }
+    }
+
+    /// A piece that is no token: take its ids from the cache, or merge it and remember it unless it is long.
+    fn encode_other<T: Id>(&self, text: &[u8], piece: &Piece, cache: &mut Cache, out: &mut Vec<T>) {
+        let bytes = piece.bytes(text);
+        if let Some(Known { at, len }) = cache.table.get(&piece.key, bytes) {
+            return out.extend(cache.ids[at as usize..][..len as usize].iter().map(|&id| T::new(id)));
+        }
+        if bytes.len() >= LONG_PIECE {
+            return self.merge_long(bytes, |id| out.push(T::new(id)));
+        }
+        self.merge(text, piece.start, piece.end, &mut cache.parts);
         out.extend(cache.parts.iter().map(|part| T::new(part.id)));
-        let new = cache.table.len() - self.vocab.len();
-        if new >= CACHE_PIECES
-            || cache.ids.len() >= CACHE_IDS
-            || cache.table.arena_len() >= self.vocab.arena_len() + CACHE_BYTES
-        {
-            self.reset(cache);
+        if cache.table.len() >= CACHE_PIECES || cache.ids.len() >= CACHE_IDS || cache.table.arena_len() >= CACHE_BYTES {
+            cache.ids.clear();
+            cache.table.clear();
         }
-        *cache.table.slot(key, piece) = Known { at: cache.ids.len() as u32, len: cache.parts.len() as u32 };
+        *cache.table.slot(&piece.key, bytes) = Known { at: cache.ids.len() as u32, len: cache.parts.len() as u32 };
         cache.ids.extend(cache.parts.iter().map(|part| part.id));
     }
 

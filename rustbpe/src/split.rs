@@ -2,11 +2,12 @@
 //!
 //! The pattern string stays the definition. The spellings of three families (GPT-2 or r50k, GPT-4 or cl100k with any
 //! `\p{N}{1,k}`, o200k) are recognised and scanned by hand; any other pattern runs on `fancy-regex`, the engine that
-//! tiktoken uses. Alternatives are tried left to right, as a backtracking regex does.
+//! tiktoken uses. Alternatives are tried left to right, as a backtracking regex does. GPT-4's family cuts ASCII text 64
+//! bytes at a time.
 
 use fancy_regex::Regex;
 
-use crate::unicode::{Classes, LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER};
+use crate::unicode::{Classes, LETTER, LOWER, NEWLINE, NUMBER, SPACE, UPPER, mask};
 use crate::{Error, Result};
 
 /// GPT-4's pattern with numbers cut into at most two digits, which suits a small vocabulary.
@@ -59,10 +60,10 @@ impl Splitter {
     #[inline]
     pub fn for_each(&self, text: &str, mut visit: impl FnMut(usize, usize)) -> Result<()> {
         let bytes = text.as_bytes();
-        let mut at = 0;
+        let (mut at, mut block) = (0, Block::default());
         while at < bytes.len() {
             let (start, end) = match self {
-                Splitter::Native(scanner) => (at, scanner.end(bytes, at)),
+                Splitter::Native(scanner) => (at, block.end(scanner, bytes, at)),
                 Splitter::Regex(regex) => match regex.find_from_pos(text, at) {
                     Ok(None) => break,
                     Ok(Some(found)) => (found.start(), found.end()),
@@ -170,24 +171,8 @@ impl Scanner {
     }
 
     /// Contraction, `[^\r\n L N]?L+`, `N{1,k}`, ` ?other+[\r\n]*`, white space.
-    #[inline(always)]
-    fn gpt4(&self, text: &[u8], i: usize) -> usize {
-        // Most pieces are ASCII words with or without a space before them: a short way for these.
-        match text[i] {
-            b' ' => {
-                let end = self.letters(text, i + 1, LETTER);
-                if end > i + 1 {
-                    return end;
-                }
-            }
-            b'a'..=b'z' | b'A'..=b'Z' => return self.letters(text, i, LETTER),
-            _ => {}
-        }
-        self.gpt4_other(text, i)
-    }
-
     #[inline(never)]
-    fn gpt4_other(&self, text: &[u8], i: usize) -> usize {
+    fn gpt4(&self, text: &[u8], i: usize) -> usize {
         let (class, width) = self.classes.at(text, i);
         if class & LETTER != 0 {
             return self.letters(text, i + width, LETTER);
@@ -327,6 +312,71 @@ impl Scanner {
     }
 }
 
+/// The ends of pieces in 64 bytes, found at once by arithmetic on bits: bit i of a word is about byte i.
+#[derive(Default)]
+struct Block {
+    start: usize,
+    ends: u64,
+    slow: usize, // what begins before here goes to the scanner
+}
+
+impl Block {
+    /// End of the piece that starts at `i`, where the one before ended.
+    #[inline(always)]
+    fn end(&mut self, scanner: &Scanner, text: &[u8], i: usize) -> usize {
+        if self.ends == 0 && i >= self.slow && scanner.family == Family::Gpt4 {
+            let mut bytes = [0xff; 64]; // past the end of the text not ASCII, which leaves the last pieces to the scanner
+            match text[i..].first_chunk() {
+                Some(all) => bytes = *all,
+                None => bytes[..text.len() - i].copy_from_slice(&text[i..]),
+            }
+            let hard;
+            (self.ends, hard) = gpt4_starts(&bytes, scanner.digits);
+            (self.start, self.slow) = (i, i + 64 - hard.leading_zeros() as usize);
+        }
+        if self.ends == 0 {
+            return scanner.end(text, i);
+        }
+        let end = self.start + self.ends.trailing_zeros() as usize;
+        self.ends &= self.ends - 1;
+        end
+    }
+}
+
+/// Where pieces of GPT-4 start after the one at byte 0, and the bytes that need the scanner. There are no starts from
+/// the byte before the first of those on, nor at the last byte, because what follows may decide.
+#[inline(always)]
+fn gpt4_starts(bytes: &[u8; 64], digits: usize) -> (u64, u64) {
+    let letter = mask(bytes, |b| (b | 0x20).wrapping_sub(b'a') < 26);
+    let digit = mask(bytes, |b| b.wrapping_sub(b'0') < 10);
+    let blank = mask(bytes, |b| b == b' ');
+    let newline = mask(bytes, |b| b == b'\n' || b == b'\r');
+    let space = blank | newline;
+    let inner = blank & space << 1 & space >> 1; // a line end later in the white space would decide
+    let hard = mask(bytes, |b| b >= 128 || b == b'\t' || b == 0x0b || b == 0x0c) | inner;
+    let other = !(letter | digit | space | hard);
+
+    let other_starts = other & !((other | blank) << 1);
+    let mut starts = other_starts
+        | letter & (digit | newline | other & !other_starts) << 1 // else the character before belongs to the word
+        | blank & !(space << 1 & space >> 1)
+        | newline & (letter | digit) << 1;
+    let mut number = digit & !(digit << 1);
+    while number != 0 {
+        starts |= number;
+        (0..digits.min(64)).for_each(|_| number = number << 1 & digit);
+    }
+    let mut quotes = other_starts & mask(bytes, |b| b == b'\'');
+    while quotes != 0 {
+        if let Some(end @ ..64) = contraction(bytes, quotes.trailing_zeros() as usize, true) {
+            starts |= letter & 1 << end;
+        }
+        quotes &= quotes - 1;
+    }
+    let sure = (1 << hard.trailing_zeros().saturating_sub(1)) - 1;
+    (starts & sure & !1, hard)
+}
+
 fn is_other(class: u8) -> bool {
     class & (LETTER | NUMBER | SPACE) == 0
 }
@@ -420,6 +470,8 @@ mod tests {
     fn scanners_cut_like_the_regex_on_random_text() {
         let alphabet: Vec<char> =
             "'sSdlLvVeErRtTmMaZ{@`[09٣²  \t\n\r\u{85}\u{a0}\u{3000}./!éÉſKÅǅʰªµ中ก้́ा\u{200d}😀_".chars().collect();
+        let ascii: Vec<char> = (0..128).map(char::from).collect();
+        let prose: Vec<char> = "sdmtlverSTaaaaaaaaaaaaaaaaaa     ''''.,(019\n\r é".chars().collect();
         let mut state = 1u64;
         let mut random = |n: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -429,8 +481,9 @@ mod tests {
             let native = Splitter::new(pattern).unwrap();
             assert_eq!(native.kind(), "native", "{pattern}");
             let regex = Splitter::Regex(Box::new(Regex::new(pattern).unwrap()));
-            for _ in 0..4000 {
-                let text: String = (0..random(24)).map(|_| alphabet[random(alphabet.len())]).collect();
+            for i in 0..4000 {
+                let (letters, len) = [(&alphabet, 24), (&alphabet, 24), (&ascii, 200), (&prose, 200)][i % 4];
+                let text: String = (0..random(len)).map(|_| letters[random(letters.len())]).collect();
                 assert_eq!(pieces(&native, &text), pieces(&regex, &text), "{pattern} on {text:?}");
             }
         }

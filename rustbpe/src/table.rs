@@ -90,11 +90,17 @@ pub struct Table<V> {
 
 impl<V: Copy + Default> Default for Table<V> {
     fn default() -> Self {
-        Table { entries: vec![Entry::default(); 1 << 10], len: 0, arena: Vec::new() }
+        Table::with_room(0)
     }
 }
 
 impl<V: Copy + Default> Table<V> {
+    /// A table that `pieces` pieces fill to a half at most.
+    pub fn with_room(pieces: usize) -> Self {
+        let entries = vec![Entry::default(); (2 * pieces).next_power_of_two().max(1 << 10)];
+        Table { entries, len: 0, arena: Vec::new() }
+    }
+
     /// Number of pieces.
     pub fn len(&self) -> usize {
         self.len
@@ -161,6 +167,12 @@ impl<V: Copy + Default> Table<V> {
         &mut self.entries[i].value
     }
 
+    /// Ask for the memory that a look-up of `key` reads first: by the time of the look-up it may be there.
+    #[inline(always)]
+    pub fn prefetch(&self, key: &Key) {
+        prefetch(&self.entries[key.hash as usize & (self.entries.len() - 1)]);
+    }
+
     /// Index of the entry of `piece`, or of the empty one where it belongs.
     #[inline(always)]
     fn find(&self, key: &Key, piece: &[u8]) -> usize {
@@ -218,6 +230,18 @@ impl<V: Copy + Default> Table<V> {
                 visit(&bytes[..(entry.b >> 56) as usize], entry.value);
             }
         }
+    }
+}
+
+/// Nothing where the standard library has no such instruction.
+#[allow(unsafe_code)]
+#[inline(always)]
+fn prefetch<T>(_place: &T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: SSE, which every x86_64 has; it reads nothing into the program, and the place is a valid one.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(_place).cast());
     }
 }
 

@@ -112,9 +112,60 @@ impl Classes {
     }
 }
 
+/// Bit i says what `is` says of byte i. Sixteen bytes a step where `is` is made of comparisons.
+///
+/// ```
+/// use rustbpe::unicode::mask;
+/// assert_eq!(mask(&[b'a'; 64], |b| b == b'a'), u64::MAX);
+/// ```
+#[inline(always)]
+pub fn mask(bytes: &[u8; 64], is: impl Fn(u8) -> bool) -> u64 {
+    high_bits(&bytes.map(|b| if is(b) { 0x80 } else { 0 }))
+}
+
+/// The highest bit of each byte.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+#[inline(always)]
+fn high_bits(bytes: &[u8; 64]) -> u64 {
+    use std::arch::x86_64::{_mm_movemask_epi8, _mm_set_epi64x};
+    let sixteens = bytes.as_chunks::<16>().0.iter().rev();
+    sixteens.fold(0, |bits, sixteen| {
+        let all = i128::from_le_bytes(*sixteen);
+        // SAFETY: both are SSE2, which every x86_64 has.
+        let sixteen = unsafe { _mm_movemask_epi8(_mm_set_epi64x((all >> 64) as i64, all as i64)) };
+        bits << 16 | sixteen as u64
+    })
+}
+
+/// The highest bit of each byte: a product brings those of eight bytes together.
+#[cfg(not(target_arch = "x86_64"))]
+#[inline(always)]
+fn high_bits(bytes: &[u8; 64]) -> u64 {
+    let eights = bytes.as_chunks::<8>().0.iter().rev();
+    eights.fold(0, |bits, eight| {
+        let ones = u64::from_le_bytes(*eight) >> 7 & 0x0101_0101_0101_0101;
+        bits << 8 | ones.wrapping_mul(0x0102_0408_1020_4080) >> 56
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mask_has_the_bit_of_each_byte() {
+        for first in [0u8, 64, 128, 192] {
+            let bytes: [u8; 64] = std::array::from_fn(|i| first + i as u8);
+            for b in bytes {
+                assert_eq!(mask(&bytes, |x| x == b), 1 << (b - first), "{b}");
+            }
+            assert_eq!(
+                mask(&bytes, |x| x % 3 == 0).count_ones() as usize,
+                bytes.iter().filter(|b| *b % 3 == 0).count()
+            );
+        }
+    }
 
     #[test]
     fn every_character_has_the_flags_of_the_regex_classes() {
