@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -116,6 +117,15 @@ def git_state() -> dict[str, str]:
         return {"commit": commit, "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.TimeoutExpired):
         return {}
+
+
+def find_uv() -> str:
+    """Path of uv: from PATH, else beside this Python. UserError where there is none."""
+    beside = Path(sys.executable).with_name("uv")
+    found = shutil.which("uv") or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise UserError(f"uv is needed to install the peers: {sys.executable} -m pip install uv")
+    return found
 
 
 def cpu_flags() -> set[str]:

@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import rustbpe
 
-from nanochat.common import atomic_write, base_dir, data_dir, git_state, machine_info, run_script, write_json
+from nanochat.common import atomic_write, base_dir, data_dir, find_uv, git_state, machine_info, run_script, write_json
 from nanochat.config import UserError, load_config
 
 matplotlib.use("Agg")
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> None:
     wanted = [f"{name}=={number}" for name, number in PEERS.items()]
     if cfg.install_peers:
         subprocess.run(
-            ["uv", "pip", "install", "--python", sys.executable, "--target", str(peers), *wanted], check=True
+            [find_uv(), "pip", "install", "--python", sys.executable, "--target", str(peers), *wanted], check=True
         )
         return
     with tempfile.TemporaryDirectory() as tmp:

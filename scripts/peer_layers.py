@@ -24,6 +24,7 @@ from torch import Tensor
 from nanochat.blocks import GPTConfig
 from nanochat.blocks.mamba import init_dt_bias
 from nanochat.blocks.mamba2 import init_decay
+from nanochat.common import find_uv
 
 PACKAGES = {"mambapy": "1.2.0", "transformers": "5.23.0", "mamba-ssm": "2.3.2.post1"}
 
@@ -146,7 +147,7 @@ def transformers_module(name: str) -> Any:
 
 def install_peers(folder: Path) -> None:
     """Into a folder of their own; mamba-ssm is built without its CUDA extension, and torch stays ours."""
-    uv = ["uv", "pip", "install", "--python", sys.executable, "--target", str(folder)]
+    uv = [find_uv(), "pip", "install", "--python", sys.executable, "--target", str(folder)]
     wanted = {name: f"{name}=={number}" for name, number in PACKAGES.items()}
     tools = ["einops", "setuptools", "wheel", "packaging", "ninja"]
     subprocess.run([*uv, wanted.pop("transformers"), *tools], check=True)
