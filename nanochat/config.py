@@ -35,6 +35,7 @@ STAGE_KEYS = frozenset(
     insert_position base_tasks task_samples num_epochs target_examples_per_step eval_steps grad_accum_steps
     reward_weight_answer reward_weight_relevance reward_weight_efficiency dry_run resume_from_step
     hf_path tasks max_per_task device_batch_tokens
+    identity warm_start
     """.split()  # noqa: SIM905
 )
 

@@ -2,6 +2,7 @@
 
     python -m nanochat.report reset       # before the first stage: remembers the start, the machine, the commit
     python -m nanochat.report generate    # <base dir>/report/report.md, and ./report.md with ./report_files
+    python -m nanochat.report generate --gpu_price=3     # with the cost, at USD per GPU hour (or GPU_PRICE_PER_HOUR)
 
 A stage calls log_stage("chat_evaluation_sft", {"ARC-Easy": {"value": 0.39, "stderr": 0.01, "n": 2376}, ...}) on rank 0.
 The summary table has a column per part of the pipeline and picks these figures up by name.
@@ -11,6 +12,7 @@ import datetime
 import importlib.util
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -24,15 +26,20 @@ from nanochat.common import REPO_DIR, atomic_write, base_dir, git_state, machine
 from nanochat.config import UserError
 from nanochat.plots import plot_metrics
 
-__all__ = ["generate", "log_stage", "plot_metrics", "report_dir", "reset"]
+__all__ = ["aligned_table", "generate", "log_stage", "plot_metrics", "report_dir", "reset", "significance"]
 
 STAGES = """
-    tokenizer_training tokenizer_evaluation base_training base_loss base_eval mid_training chat_evaluation_mid chat_sft
-    chat_evaluation_sft rag_training rag_evaluation refrag_training refrag_evaluation chat_rl chat_evaluation_rl
+    tokenizer_training tokenizer_evaluation base_training base_loss base_eval chat_evaluation_base mid_training
+    chat_evaluation_mid chat_sft chat_evaluation_sft rag_training rag_evaluation chat_evaluation_rag refrag_training
+    refrag_evaluation chat_evaluation_refrag chat_rl chat_evaluation_rl
 """.split()  # noqa: SIM905
 # Column -> what the name of its stages starts or ends with.
 COLUMNS = {"BASE": "base", "MID": "mid", "SFT": "sft", "RAG": "rag", "REFRAG": "refrag", "RL": "rl"}
 ROWS = ["CORE", "ARC-Challenge", "ARC-Easy", "GSM8K", "HumanEval", "MMLU", "ChatCORE", "val_bpb"]
+LEGEND = (
+    "↑ and ↓: above or below the nearest figure to its left by more than 2 standard errors of the difference. "
+    "± is a standard error, n the number of questions."
+)
 COUNTED = (".py", ".rs", ".md", ".html", ".toml", ".sh")  # as nanochat counts its own size
 
 
@@ -138,12 +145,16 @@ def _torch_info() -> dict[str, Any]:
 # ---- putting it together ----
 
 
-def generate(to: Path | None = None) -> Path:
-    """Write <base dir>/report/report.md, and a copy as <to>/report.md (default: here) with pictures in report_files."""
+def generate(to: Path | None = None, gpu_price: float | None = None) -> Path:
+    """Write <base dir>/report/report.md, and a copy as <to>/report.md (default: here) with pictures in report_files.
+
+    gpu_price: USD for an hour of one GPU.
+    """
     sections = _sections()
     path = report_dir() / "report.md"
     header_path = report_dir() / "header.json"
     header = read_json(header_path, "report header") if header_path.is_file() else {**_header(), "start": None}
+    header["gpu_price"] = gpu_price
     _write_text(path, _markdown(header, sections, folder=""))
     to = Path(to or Path.cwd())
     if to.resolve() != report_dir().resolve():
@@ -236,11 +247,32 @@ def _summary(sections: list[dict[str, Any]]) -> str:
             if column and _number(section["metrics"].get(name)) is not None:
                 cells[name, column] = section["metrics"][name]
     columns = [c for c in COLUMNS if c != "REFRAG" or any(column == c for _, column in cells)]
-    rows = [
-        [name.replace("_", " "), *(_cell(cells[name, c]) if (name, c) in cells else "-" for c in columns)]
-        for name in (*ROWS, *extra)
-    ]
-    return _table(["Metric", *columns], rows)
+    rows = [[name.replace("_", " "), *_row([cells.get((name, c)) for c in columns])] for name in (*ROWS, *extra)]
+    marked = any(cell[-1] in "↑↓" for row in rows for cell in row)
+    return _table(["Metric", *columns], rows) + (f"\n\n{LEGEND}" if marked else "")
+
+
+def _row(values: list[Any]) -> list[str]:
+    """The cells of one metric, each marked where it differs from the one before by more than chance."""
+    cells, last = [], None
+    for value in values:
+        z = None if last is None or value is None else significance(last, value)
+        mark = "" if z is None or abs(z) <= 2 else " ↑" if z > 0 else " ↓"
+        cells.append("-" if value is None else _cell(value) + mark)
+        last = last if value is None else value
+    return cells
+
+
+def significance(a: Any, b: Any) -> float | None:
+    """b - a in standard errors of their difference; None where one of them has no standard error and count.
+
+    The samples count as independent: stages that answer the same questions differ more clearly than this says. A
+    standard error is 1/n at least, for none or all right of n shows no spread.
+    """
+    if not all(isinstance(m, dict) and m.get("stderr") is not None and m.get("n") for m in (a, b)):
+        return None
+    errors = [max(m["stderr"], 1 / m["n"]) for m in (a, b)]
+    return (b["value"] - a["value"]) / math.hypot(*errors)
 
 
 def _number(value: Any) -> float | None:
@@ -270,8 +302,16 @@ def _timings(header: dict[str, Any], sections: list[dict[str, Any]]) -> str:
     total = ""
     if header["start"]:
         seconds = (_time(rows[-1][2]) - _time(header["start"])).total_seconds()
-        total = f"Total wall clock time: {_span(seconds)}\n\n"
+        total = f"Total wall clock time: {_span(seconds)}{_cost(header, seconds)}\n\n"
     return f"## Time\n\n{total}" + _table(["Stage", "Took", "Finished", "Commit"], rows)
+
+
+def _cost(header: dict[str, Any], seconds: float) -> str:
+    """What the machine's GPUs cost in that time, where their price is given."""
+    price, n = header["gpu_price"], sum(int(g.split(" x ")[0]) for g in header["machine"].get("gpus", []))
+    if price is None:
+        return ""
+    return f", cost: ${seconds / 3600 * n * price:.2f} ({n} GPUs at ${price:.2f} per GPU hour)"
 
 
 def _span(seconds: float) -> str:
@@ -313,11 +353,28 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(" ".join(c.replace("|", "\\|").split()) for c in r) + " |" for r in lines)
 
 
+def aligned_table(rows: list[list[str]]) -> str:
+    """A Markdown table that a terminal shows well, too. Its first row is the head."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows)
+
+
+def _gpu_price(flags: list[str]) -> float | None:
+    """USD per GPU hour from --gpu_price=N, else from GPU_PRICE_PER_HOUR."""
+    name, _, text = flags[0].lstrip("-").partition("=") if flags else ("gpu_price", "", "")
+    text = text or os.environ.get("GPU_PRICE_PER_HOUR", "")
+    if name.replace("-", "_") != "gpu_price" or len(flags) > 1 or not re.fullmatch(r"|\d+\.?\d*", text):
+        given = " ".join(flags) or f"GPU_PRICE_PER_HOUR={text}"
+        raise UserError(f"{given}: expected --gpu_price=USD or GPU_PRICE_PER_HOUR=USD, for an hour of one GPU")
+    return float(text) if text else None
+
+
 def main(argv: list[str]) -> None:
     if argv == ["reset"]:
         print(f"started {reset()}")
-    elif argv == ["generate"]:
-        print(f"wrote {generate()} and {Path.cwd() / 'report.md'}")
+    elif argv[:1] == ["generate"]:
+        print(f"wrote {generate(gpu_price=_gpu_price(argv[1:]))} and {Path.cwd() / 'report.md'}")
     else:
         raise UserError(f"nanochat.report {' '.join(argv)}: expected `reset` or `generate`")
 

@@ -15,6 +15,7 @@ guard, save, resume). No callbacks, no subclassing: each script keeps its own vi
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -400,6 +401,49 @@ def _difference(saved: Any, now: Any) -> str:
         return f"{str(saved)[:12]}, now {str(now)[:12]}"
     key = next(k for k in {**saved, **now} if saved.get(k) != now.get(k))
     return f"{key} {saved.get(key)!r}, now {now.get(key)!r}"
+
+
+def forwards_per_step(total_batch_size: int, device_batch_size: int, seq_len: int, world_size: int) -> int:
+    """Forwards per rank that make a step of total_batch_size tokens; 0 tokens = one forward."""
+    forward = device_batch_size * seq_len * world_size
+    total = total_batch_size or forward
+    if total % forward:
+        near = max(1, round(total / forward)) * forward
+        raise UserError(
+            f"total_batch_size={total} is no multiple of device_batch_size * max_seq_len * ranks = {forward}: "
+            f"use --total_batch_size={near}"
+        )
+    return total // forward
+
+
+def make_optimizer(
+    model: GPT,
+    dtype: torch.dtype,
+    ranks: Ranks | None = None,
+    *,
+    matrix_lr: float,
+    embedding_lr: float,
+    unembedding_lr: float,
+    scalar_lr: float,
+    ssm_lr: float,
+    weight_decay: float,
+) -> MuonAdamW:
+    """The optimizer of every stage. Embedding and head rates are those of width 768, scaled by (d_model / 768)^-0.5."""
+    scale = (model.config.d_model / 768) ** -0.5
+    lrs = {
+        "matrix": matrix_lr,
+        "embedding": embedding_lr * scale,
+        "unembedding": unembedding_lr * scale,
+        "scalar": scalar_lr,
+        "ssm": ssm_lr,
+    }
+    return MuonAdamW(model, model.param_groups(), lrs, weight_decay=weight_decay, dtype=dtype, ranks=ranks)
+
+
+def changed_keys(cfg: Any) -> dict[str, Any]:
+    """The keys of a configuration that differ from their defaults."""
+    default = type(cfg)()
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(default, k)}
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from nanochat.blocks.mamba import convolve, init_conv, init_dt_bias, recurrent_g
 from nanochat.blocks.mamba2 import init_decay
 from nanochat.config import UserError
 from nanochat.layers import Linear, init_uniform, linear_together, norm
-from nanochat.ops import gated_delta_update
+from nanochat.ops import gated_delta_update, rms_norm
 
 CHUNK = 64
 
@@ -46,16 +46,16 @@ class GatedDeltaNetBlock(Block):
         B, T, H = *x.shape[:2], self.n_head
         qkv = convolve(linear_together(x, self.in_q, self.in_k, self.in_v), self.conv_weight, None, ctx, state)
         qk, v = qkv.split((2 * self.d_key, self.d_value), -1)
-        q, k = norm(qk.reshape(B, T, 2 * H, self.head_dim)).chunk(2, 2)  # of length sqrt(K)
-        k, v = k * self.head_dim**-0.5, v.reshape(B, T, H, self.value_dim)
+        qk = qk.reshape(B, T, 2 * H, self.head_dim)
+        q, k = rms_norm(qk, qk.dtype, scale=self.head_dim**-0.5).chunk(2, 2)  # of length 1
+        v = v.reshape(B, T, H, self.value_dim)
         a, b = linear_together(x, self.in_a, self.in_b).float().chunk(2, -1)  # (B, T, H)
         g, beta = -torch.exp(self.A_log) * F.softplus(a + self.dt_bias), torch.sigmoid(b)
-        scale = 1 / self.head_dim  # K^-0.5 for the length of q, K^-0.5 as in attention
         if state is not None and T == 1 and ctx.lengths is None:
-            o = gated_delta_update(state["ssm"], *(t[:, 0] for t in (q, k, v, g, beta)), scale=scale)[:, None]
+            o = gated_delta_update(state["ssm"], *(t[:, 0] for t in (q, k, v, g, beta)))[:, None]
         else:
             o = ctx.kernels.gated_delta_rule(
-                q, k, v, g, beta, scale, initial_state=None if state is None else state["ssm"],
+                q, k, v, g, beta, initial_state=None if state is None else state["ssm"],
                 return_final_state=state is not None, chunk_size=CHUNK, seq_idx=ctx.doc, lengths=ctx.valid,
             )  # fmt: skip
             if state is not None:

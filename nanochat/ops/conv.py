@@ -7,6 +7,8 @@ are (B, C, T) as in the causal-conv1d package; memory is best time-major, that i
 result is such a view too.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +30,18 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _blocks(x: Tensor) -> list[tuple[slice, int, int]]:
-    """Cut (B, T, C) into [(rows, lo, hi)]; the blocks of the same rows follow each other in time."""
+def _blocks(x: Tensor, n: int) -> list[tuple[slice, int, int]]:
+    """Cut (B, T, C) into [(rows, lo, hi)]; the blocks of the same rows follow each other in time.
+
+    The first block of a row has n tokens: it alone reads what precedes x, so it alone must be put together in memory.
+    """
     B, T, C = x.shape
     budget = BLOCK_ELEMENTS if x.device.type == "cpu" else B * T * C  # a GPU wants one launch
     rows, steps = max(1, budget // (T * C)), max(1, budget // C)
-    return [(slice(b, b + rows), lo, min(lo + steps, T)) for b in range(0, B, rows) for lo in range(0, T, steps)]
+    cuts = [0, *range(min(n, T), T, steps), T]
+    return [
+        (slice(b, b + rows), *cut) for b in range(0, B, rows) for cut in itertools.pairwise(cuts) if cut[0] < cut[1]
+    ]
 
 
 def _window(x: Tensor, before: Tensor, rows: slice, lo: int, hi: int) -> Tensor:
@@ -63,7 +71,7 @@ class _CausalConv(torch.autograd.Function):
     ) -> Tensor:
         """x: (B, T, C), weight: (W, C), bias: (C,), before: (B, W - 1, C), same: (B, T, W) -> (B, T, C)."""
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for rows, lo, hi in _blocks(x):
+        for rows, lo, hi in _blocks(x, before.size(1)):
             acc = _taps(_window(x, before, rows, lo, hi), weight, bias, None if same is None else same[rows, lo:hi])
             out[rows, lo:hi] = F.silu(acc, inplace=True) if silu else acc
         ctx.save_for_backward(x, weight, bias, before, same)
@@ -78,7 +86,7 @@ class _CausalConv(torch.autograd.Function):
         dx, d_before = torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(before)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         carry = before  # gradient of the last W - 1 inputs so far; what stands here first is overwritten
-        for rows, lo, hi in _blocks(x):
+        for rows, lo, hi in _blocks(x, n):
             t = hi - lo
             same = None if all_same is None else all_same[rows, lo:hi]
             window, g = _window(x, before, rows, lo, hi), grad[rows, lo:hi].to(weight.dtype)

@@ -115,13 +115,14 @@ def _scale_and_rotate(x: Tensor, r: Tensor, dtype: torch.dtype, cos: Tensor | No
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x / rms(x) over the last axis, then a rotation if there are tables; computed in float32, given in `dtype`."""
+    """scale * x / rms(x) over the last axis, then a rotation if there are tables; in float32, given in `dtype`."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    def forward(ctx, x: Tensor, dtype: torch.dtype, cos: Tensor | None, sin: Tensor | None, scale: float) -> Tensor:
         r = _inverse_rms(x)
         ctx.save_for_backward(x, r, cos, sin)
-        return _scale_and_rotate(x, r, dtype, cos, sin)
+        ctx.scale = scale
+        return _scale_and_rotate(x, r * scale if scale != 1 else r, dtype, cos, sin)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyrefly: ignore[bad-override]
@@ -131,14 +132,17 @@ class _RMSNorm(torch.autograd.Function):
             grad = rotate(grad, cos, -sin)  # the inverse rotation
         n = x * r
         dot = (grad * n).mean(-1, keepdim=True)
-        return torch.addcmul(grad, n, dot, value=-1).mul_(r).to(x.dtype), None, None, None
+        return torch.addcmul(grad, n, dot, value=-1).mul_(r * ctx.scale).to(x.dtype), None, None, None, None
 
 
-def rms_norm(x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+def rms_norm(
+    x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
     """Parameter-free RMSNorm (arXiv 1910.07467) of (..., D) in float32, rotated by cos, sin if given, cast to dtype.
 
-    A rotation keeps the norm, so this is QK norm and rotary embedding in either order.
+    A rotation keeps the norm, so this is QK norm and rotary embedding in either order. With scale = D^-0.5 the result
+    has length 1.
     """
     if torch.is_grad_enabled():
-        return _RMSNorm.apply(x, dtype, cos, sin)
-    return _scale_and_rotate(x, _inverse_rms(x), dtype, cos, sin)
+        return _RMSNorm.apply(x, dtype, cos, sin, scale)
+    return _scale_and_rotate(x, _inverse_rms(x) * scale, dtype, cos, sin)
