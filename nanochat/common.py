@@ -1,6 +1,7 @@
 """Where files live, how they are written, and what this machine is. No torch here: retrieval and the CLIs share it."""
 
 import contextlib
+import ctypes
 import datetime
 import errno
 import hashlib
@@ -117,6 +118,20 @@ def git_state() -> dict[str, str]:
         return {"commit": commit, "branch": git("rev-parse", "--abbrev-ref", "HEAD"), "dirty": dirty}
     except (OSError, subprocess.TimeoutExpired):
         return {}
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Whether freed memory stays with the process; a C library other than glibc is left as it is.
+
+    glibc gives large blocks back to the kernel, and at the next step they are faulted in again page by page: 19,000
+    faults a training step at depth 4 (docs/LOG.md, 2026-11-21). keep=False is where glibc's own thresholds settle in a
+    process that uses such blocks, for benchmarks of code that does not import nanochat.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-1, 1 << 30 if keep else 64 << 20)  # M_TRIM_THRESHOLD of malloc.h
+    libc.mallopt(-3, 1 << 30 if keep else 32 << 20)  # M_MMAP_THRESHOLD
 
 
 def find_uv() -> str:

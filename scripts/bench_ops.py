@@ -7,7 +7,8 @@
 A call takes 2,048 tokens, or one longer sequence. Calls go round the layers in turn, so that a busy machine slows all
 of them; figures are medians. "mamba torch" is the mamba block without its native kernel (kernels=reference). Ours
 include the norm before the layer and the residual sum, the peers' do not; the sizes are those of our blocks, as the
-parameter counts show. With --dtype=bfloat16 ours multiply in bfloat16 and the peers run under autocast.
+parameter counts show. Peers run with glibc's own memory thresholds, ours with nanochat's. With --dtype=bfloat16 ours
+multiply in bfloat16 and the peers run under autocast.
 "+MB" is the peak of resident memory in a first call over what was held before (Linux). "x ours" compares with our layer
 of the same kind. transformers' Mamba without mambapy stops at length 512: its backward is quadratic in the length.
 Writes <base dir>/bench/ops.{json,png}.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from nanochat import kernels as kernels_module
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build
-from nanochat.common import atomic_write, base_dir, git_state, machine_info, run_script, write_json
+from nanochat.common import atomic_write, base_dir, git_state, keep_freed_memory, machine_info, run_script, write_json
 from nanochat.config import UserError, load_config
 from nanochat.device import DTYPES, describe_device
 from nanochat.kernels import Kernels
@@ -168,6 +169,7 @@ def peer_layer(name: str, d_model: int, dtype: torch.dtype) -> Layer:
 
 def forward_backward(layer: Layer, x: Tensor, grad: Tensor) -> float:
     """Seconds. x, grad: (B, T, D)."""
+    keep_freed_memory(layer.ours)  # the peers' users do not import nanochat
     layer.module.zero_grad(set_to_none=True)
     x.grad = None
     start = time.perf_counter()
