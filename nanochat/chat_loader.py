@@ -22,14 +22,13 @@ import torch
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.conversation import parse
 from nanochat.dataloader import Batch
 from nanochat.packer import Packer, Piece, assemble, flatten, unflatten
 from nanochat.prefetch import Ahead
 from nanochat.tokenizer import Tokenizer
 
 CURSOR_FORMAT = 1
-BUFFER_ROWS = 64  # rows of conversations waiting to be packed: more fit better and begin later
+BUFFER_ROWS = 64  # rows of conversations waiting to be packed, at most; a quarter of an epoch where that is less
 SURVEYED = 1024  # conversations rendered to tell how many rows an epoch has
 COUNTS = ("read", "shortened", "left_out")
 
@@ -54,7 +53,10 @@ class Reader:
         """Queue conversation i, or count it as left out. UserError where it is malformed."""
         self.counts["read"] += 1
         conversation = self.task[i]
-        ids, mask = self.tokenizer.render_conversation(conversation)
+        try:
+            ids, mask = self.tokenizer.render_conversation(conversation)
+        except UserError as e:
+            raise UserError(f"conversation {i}: {e}") from e
         if len(ids) > self.T + 1:
             try:
                 ids, mask = self.tokenizer.render_conversation(conversation, self.T + 1)
@@ -95,7 +97,7 @@ class _Stream(Reader):
         return everything[self.rank :: self.world_size]
 
     def row(self) -> list[Piece]:
-        while self.packer.tokens < BUFFER_ROWS * (self.T + 1):
+        while self._low():
             if self.next == len(self.order):
                 if self.counts["left_out"] == self.counts["read"]:
                     raise self.nothing_usable()
@@ -106,6 +108,11 @@ class _Stream(Reader):
         row = self.packer.row()
         assert row, "the queue is never empty here"
         return row
+
+    def _low(self) -> bool:
+        """A small set is not queued several times over: an epoch ends nearly before the next begins."""
+        rows = self.packer.tokens / (self.T + 1)
+        return rows < 2 or (rows < BUFFER_ROWS and 4 * len(self.packer) < len(self.order))
 
     def point(self, identity: dict[str, Any]) -> Callable[[], dict[str, Any]]:
         """Where to go on after the rows made so far, written out when it is asked for."""
@@ -146,6 +153,7 @@ class ConversationLoader:
         }
         if cursor is not None:
             _check_cursor(cursor, identity)
+        self.place: Callable[[], dict[str, Any]] = lambda: cursor or {}  # cursor of the last batch handed out
         stream = _Stream(task, tokenizer, T, rank, world_size, seed, cursor)
         self._ahead = Ahead(_batches(stream, B, identity, pin=self.device.type == "cuda"), 2, self.device)
 
@@ -154,6 +162,7 @@ class ConversationLoader:
 
     def __next__(self) -> Batch:
         batch = next(self._ahead)
+        self.place = batch.cursor
         x, y, doc = (t.to(self.device, non_blocking=True) for t in (batch.x, batch.y, batch.doc))
         return replace(batch, x=x, y=y, doc=doc)
 
@@ -235,7 +244,7 @@ def survey(task: Conversations, tokenizer: Tokenizer, T: int) -> Survey:
 def fixed_rows(task: Conversations, tokenizer: Tokenizer, T: int, n_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """-> x, y, doc (N, T), about n_tokens: the first conversations, packed; the same whatever B and the ranks.
 
-    Fewer rows than asked for are announced; none is a UserError.
+    Fewer where the task has no more; none is a UserError.
     """
     wanted = max(1, n_tokens // T)
     reader = Reader(task, tokenizer, T)
@@ -246,12 +255,5 @@ def fixed_rows(task: Conversations, tokenizer: Tokenizer, T: int, n_tokens: int)
     rows = list(iter(reader.packer.row, None))[:wanted]
     if not rows:
         raise reader.nothing_usable()
-    if len(rows) < wanted:
-        print(f"validation: {len(rows)} rows of {T} tokens are all there is, {wanted} were asked for")
     x, y, doc = assemble(rows, T, tokenizer.bos_id)
     return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(doc)
-
-
-def check_conversation(conversation: dict[str, Any]) -> None:
-    """UserError where it is malformed."""
-    parse(conversation)

@@ -35,6 +35,8 @@ STAGE_KEYS = frozenset(
     insert_position base_tasks task_samples num_epochs target_examples_per_step eval_steps grad_accum_steps
     reward_weight_answer reward_weight_relevance reward_weight_efficiency dry_run resume_from_step
     hf_path tasks max_per_task device_batch_tokens
+    task examples_per_step resample sample_batch_size truncated normalize_std kl_coef correct_weight guard eval_examples
+    max_problems num_samples temperature max_new_tokens batch_size show
     identity warm_start
     """.split()  # noqa: SIM905
 )

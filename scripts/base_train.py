@@ -14,7 +14,7 @@ import torch
 
 from nanochat.blocks import entry_names
 from nanochat.common import git_state, run_script
-from nanochat.config import UserError, load_config
+from nanochat.config import load_config
 from nanochat.dataloader import PackedLoader, document_index, val_windows
 from nanochat.dataset import shard_paths
 from nanochat.device import Ranks
@@ -24,7 +24,15 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.report import log_stage, plot_metrics
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, compile_model, memory_advice
+from nanochat.train import (
+    Loop,
+    Run,
+    changed_keys,
+    compile_model,
+    forwards_per_step,
+    make_optimizer,
+    memory_advice,
+)
 
 PROMPTS = ("The capital of", "The river", "She was born in", "If yesterday was Friday, then tomorrow is")
 
@@ -130,15 +138,7 @@ class BaseTrainConfig:
 
     def grad_accum(self, world_size: int) -> int:
         """Forwards per rank and step."""
-        forward = self.device_batch_size * self.max_seq_len * world_size
-        total = self.total_batch_size or forward
-        if total % forward:
-            near = max(1, round(total / forward)) * forward
-            raise UserError(
-                f"total_batch_size={total} is no multiple of device_batch_size * max_seq_len * ranks = {forward}: "
-                f"use --total_batch_size={near}"
-            )
-        return total // forward
+        return forwards_per_step(self.total_batch_size, self.device_batch_size, self.max_seq_len, world_size)
 
     def iterations(self, model: GPT, tokens_per_step: int) -> int:
         """Steps of the run."""
@@ -149,15 +149,10 @@ class BaseTrainConfig:
         return max(1, math.ceil(self.target_param_data_ratio * model.n_params()["total"] / tokens_per_step))
 
     def make_optimizer(self, model: GPT, dtype: torch.dtype, ranks: Ranks | None = None) -> MuonAdamW:
-        scale = (model.config.d_model / 768) ** -0.5
-        lrs = {
-            "matrix": self.matrix_lr,
-            "embedding": self.embedding_lr * scale,
-            "unembedding": self.unembedding_lr * scale,
-            "scalar": self.scalar_lr,
-            "ssm": self.ssm_lr,
-        }
-        return MuonAdamW(model, model.param_groups(), lrs, weight_decay=self.weight_decay, dtype=dtype, ranks=ranks)
+        return make_optimizer(
+            model, dtype, ranks, matrix_lr=self.matrix_lr, embedding_lr=self.embedding_lr, scalar_lr=self.scalar_lr,
+            unembedding_lr=self.unembedding_lr, ssm_lr=self.ssm_lr, weight_decay=self.weight_decay,
+        )  # fmt: skip
 
 
 def build_model(
@@ -283,12 +278,6 @@ def report(cfg: BaseTrainConfig, run: Run, loop: Loop, samples: list[str]) -> No
     log_stage(
         "base_training", metrics, text=text and f"Greedy samples:\n\n{text}", plots=plot_metrics(run.metrics_path)
     )
-
-
-def changed_keys(cfg: Any) -> dict[str, Any]:
-    """The keys of a configuration that differ from their defaults."""
-    default = type(cfg)()
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(default, k)}
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ def rows_so_far(path: Path) -> set[int]:
         (["--total_batch_size=100"], "use --total_batch_size=128"),
         (["--dtype=float8"], "expected auto|float32|bfloat16"),
         (["--device=tpu9000"], "is no torch device"),
-        (["--block_pattern=TX"], "unknown block 'X'"),
+        (["--block_pattern=TX"], "unknown block 'TX'"),
         (["--warmup_ratio=0.9", "--warmdown_ratio=0.9"], "must lie in 0..1"),
         (["--n_head=3"], "d_model=32 is no multiple of n_head=3"),
         (["--kernels=quick"], "expected auto|fast|reference"),

@@ -52,7 +52,7 @@ class GatedDeltaNetBlock(Block):
         a, b = linear_together(x, self.in_a, self.in_b).float().chunk(2, -1)  # (B, T, H)
         g, beta = -torch.exp(self.A_log) * F.softplus(a + self.dt_bias), torch.sigmoid(b)
         if state is not None and T == 1 and ctx.lengths is None:
-            o = gated_delta_update(state["ssm"], *(t[:, 0] for t in (q, k, v, g, beta)))[:, None]
+            o = gated_delta_update(state["ssm"], q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0])[:, None]
         else:
             o = ctx.kernels.gated_delta_rule(
                 q, k, v, g, beta, initial_state=None if state is None else state["ssm"],
