@@ -9,7 +9,9 @@
 #   DEPTH=N                 layers of the GPU recipe's model (default 20)
 #   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
-#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run
+#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT and _RL
+#                                                 are those of the stages after it
+#   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 200)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 20)
 set -euo pipefail
@@ -75,13 +77,25 @@ cpu_run() {
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
-    local -a flags
+    local -a flags mid sft rl
+    local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-200}" --max_new_tokens=64 --show=1)
     read -ra flags <<<"${SPEEDRUN_TRAIN:-}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=200}"
+    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=80}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=20}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
         --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-20}" --lrs=0.01 --seeds=1 --lengths=256,1024
+    stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train configs/tiny_hybrid.py --run="$RUN" "${mid[@]}" \
+        --resume
+    stage chat_eval_mid - python -m scripts.chat_eval -i mid "${chat[@]}"
+    stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
+    stage chat_eval_sft - python -m scripts.chat_eval -i sft "${chat[@]}"
+    stage chat_rl "rl_checkpoints/$TAG" python -m scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=64 \
+        "${rl[@]}" --resume
+    stage chat_eval_rl - python -m scripts.chat_eval -i rl "${chat[@]}"
 }
 
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
@@ -100,16 +114,26 @@ gpu_run() {
     stage base_train "base_checkpoints/$TAG" "${torchrun[@]}" scripts.base_train configs/transformer_d20.py \
         --depth="${DEPTH:-20}" --model_tag="$TAG" --run="$RUN" --resume
     stage base_loss - "${torchrun[@]}" scripts.base_loss --model_tag="$TAG"
+    stage base_eval - "${torchrun[@]}" scripts.base_eval --model_tag="$TAG"
+    stage mid_train "mid_checkpoints/$TAG" "${torchrun[@]}" scripts.mid_train --model_tag="$TAG" --tasks=nanochat-mid \
+        --run="$RUN" --resume
+    stage chat_eval_mid - "${torchrun[@]}" scripts.chat_eval -i mid --model_tag="$TAG" --tasks=chatcore
+    stage chat_sft "sft_checkpoints/$TAG" "${torchrun[@]}" scripts.chat_sft --model_tag="$TAG" --tasks=nanochat-sft \
+        --run="$RUN" --resume
+    stage chat_eval_sft - "${torchrun[@]}" scripts.chat_eval -i sft --model_tag="$TAG" --tasks=chatcore
+    stage chat_rl "rl_checkpoints/$TAG" "${torchrun[@]}" scripts.chat_rl --model_tag="$TAG" --task=GSM8K --run="$RUN" --resume
+    stage chat_eval_rl - "${torchrun[@]}" scripts.chat_eval -i rl --model_tag="$TAG" --tasks=GSM8K
 }
 
 GPUS="${GPUS:-$(count_gpus)}"
 if [ "$GPUS" = 0 ]; then TAG=tiny_hybrid; else TAG="d${DEPTH:-20}"; fi
-if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR/base_checkpoints/$TAG"; fi
+if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR"/{base,mid,sft,rl}_checkpoints/"$TAG"; fi
 mkdir -p "$STAMPS"
 stage report_reset - python -m nanochat.report reset
 if [ "$GPUS" = 0 ]; then cpu_run; else gpu_run "$GPUS"; fi
 python -m nanochat.report generate
-echo "== a sample of the base model, which goes on from a text"
+echo "== the base model goes on from a text, the chat model answers"
 python -m scripts.chat_cli -i base --model_tag="$TAG" -p "The river"
+python -m scripts.chat_cli -i sft --model_tag="$TAG" -p "What is 17 + 25?"
 echo "== done in $((SECONDS / 60)) min $((SECONDS % 60)) s; the report is report.md"
-echo "   more of it:  NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR .venv/bin/python -m scripts.chat_cli -i base --model_tag=$TAG"
+echo "   more of it:  NANOCHAT_BASE_DIR=$NANOCHAT_BASE_DIR .venv/bin/python -m scripts.chat_cli -i sft --model_tag=$TAG"

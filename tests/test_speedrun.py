@@ -13,13 +13,17 @@ from nanochat.common import REPO_DIR
 
 pytestmark = pytest.mark.slow
 
-SMALL = "--max_seq_len=64 --device_batch_size=2 --total_batch_size=128 --eval_tokens=1024"
-STAGES = ["report_reset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss"]
+SMALL = "--max_seq_len=256 --device_batch_size=1 --total_batch_size=256 --eval_tokens=1024"
+STAGES = ["report_reset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss", "bench_arch", "mid_train"]
+STAGES += ["chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl"]
 
 
 def start(base: Path, **env: str) -> subprocess.Popen[str]:
     short = {"GPUS": "0", "SPEEDRUN_MAX_CHARS": "300000", "WANDB_RUN": "dummy", "OMP_NUM_THREADS": "1"}
     short["SPEEDRUN_TRAIN"] = f"{SMALL} --num_iterations=60 --save_every=15"
+    short |= {"SPEEDRUN_MID": "--num_iterations=3", "SPEEDRUN_SFT": "--num_iterations=3", "SPEEDRUN_PROBLEMS": "4"}
+    short["SPEEDRUN_RL"] = "--num_iterations=2 --examples_per_step=2 --num_samples=2 --eval_examples=2"
+    short["SPEEDRUN_ARCH_SECONDS"] = "1"
     full = {**os.environ, "NANOCHAT_BASE_DIR": str(base), **short, **env}
     command = ["bash", str(REPO_DIR / "speedrun.sh")]
     pipe = subprocess.PIPE
