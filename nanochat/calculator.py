@@ -8,6 +8,7 @@ import ast
 import math
 import operator
 import re
+import warnings
 from collections.abc import Callable
 
 MAX_CHARS = 512  # longest expression
@@ -39,7 +40,11 @@ def calculate(expr: str) -> str | None:
     if '"' not in expr and "'" not in expr:
         expr = _THOUSANDS.sub("", expr)
     try:
-        value = _number(ast.parse(expr.strip(), mode="eval").body, MAX_DEPTH)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # SyntaxWarning: "1or 2" is an invalid literal to Python, and no answer here
+            value = _number(ast.parse(expr.strip(), mode="eval").body, MAX_DEPTH)
     except (SyntaxError, ValueError, ArithmeticError, RecursionError, MemoryError):
         return None  # ast.parse raises the last two on deep nesting
     return _format(value)

@@ -83,7 +83,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (total[right] - total[left]) / (right - left)
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def figure_of(panels: int) -> tuple[Any, list[Any]]:
     """A figure with panels one above the other that share the axis of steps."""
     from matplotlib.figure import Figure  # takes a second to import: only for those who draw
 
@@ -96,13 +96,13 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png_bytes(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})  # no version: the same data, the same file
     return buffer.getvalue()
 
 
-def _faint_and_smooth(ax: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
+def faint_and_smooth(ax: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str) -> None:
     if len(x) < 20:
         ax.plot(x, y, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
     else:
@@ -115,9 +115,9 @@ def _draw_loss(rows: list[dict[str, Any]], name: str) -> bytes | None:
     (x, loss), (x_val, val) = series(rows, "loss"), series(rows, "val_bpb")
     if not len(x) and not len(x_val):
         return None
-    figure, axes = _figure(1 + (len(x) > 0 and len(x_val) > 0))
+    figure, axes = figure_of(1 + (len(x) > 0 and len(x_val) > 0))
     if len(x):
-        _faint_and_smooth(axes[0], x, loss, BLUE, "train")
+        faint_and_smooth(axes[0], x, loss, BLUE, "train")
         _fit(axes[0], loss, smooth(loss))
         axes[0].set_ylabel("loss (nats per token)")
         axes[0].legend(frameon=False, loc="upper right")
@@ -129,7 +129,7 @@ def _draw_loss(rows: list[dict[str, Any]], name: str) -> bytes | None:
         _fit(ax, val, val)
         ax.set_ylabel("validation (bits per byte)")
     axes[0].set_title(_title(rows, name, "loss"), fontsize=10, loc="left")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _fit(ax: Any, raw: np.ndarray, line: np.ndarray) -> None:
@@ -150,12 +150,12 @@ def _draw_throughput(rows: list[dict[str, Any]], name: str) -> bytes | None:
     (x, rate), (x_mfu, mfu) = series(rows, "tokens_per_s"), series(rows, "mfu")
     if not len(x):
         return None
-    figure, axes = _figure(1 + (len(x_mfu) > 0))
+    figure, axes = figure_of(1 + (len(x_mfu) > 0))
     _speed_panel(axes[0], x, rate, GREEN, "tokens per second", lambda v: f"{v:,.0f}")
     if len(x_mfu):
         _speed_panel(axes[1], x_mfu, 100 * mfu, BLUE, "model FLOPs utilisation (%)", lambda v: f"{v:.1f} %")
     axes[0].set_title(_title(rows, name, "throughput"), fontsize=10, loc="left")
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _speed_panel(ax: Any, x: np.ndarray, y: np.ndarray, colour: str, label: str, show: Callable[[float], str]) -> None:

@@ -1,17 +1,18 @@
 """On-policy, group-relative policy gradient: sample groups, judge them, weigh their tokens. Its health: rl_health.py.
 
-    groups, all_groups = collect(engine, prompt, judge, order, 16, sampling, seed)  # groups whose rewards differ
-    for part in Batch.of(groups, device).parts(8):
+    actor = Actor(engine, prompt, judge, Sampling(num_samples=16))
+    kept, sampled = collect(actor, order, 16, seed)  # kept: groups whose rewards differ
+    for part in Batch.of(kept, device).parts(8):
         loss, logp = policy_loss(model, part)
-        loop.backward(loss, part.tokens)                                           # divided by all tokens of the step
+        loop.backward(loss, part.tokens)  # the update divides by all tokens of the step
 
 A_i = R_i - mean of its group (Dr. GRPO, arXiv 2503.20783: no division by the standard deviation); the loss is
 -sum_i sum_t M_it A_i log p(y_it) / sum_i sum_t M_it over the whole step (DAPO's token-level norm, arXiv 2503.14476, and
 nanochat's), M = 1 on what the policy sampled: prompts and what tools forced are 0. Every batch is used for one update,
 so there is no ratio and nothing to clip. Groups whose rewards are all equal teach nothing and are replaced (DAPO).
 
-Where prompts come from, which tools there are and what is rewarded is the caller's: `prompt(example) -> ids`, the
-engine's tools, and `judge(trajectory) -> Verdict`.
+What is asked, which tools there are and what is rewarded is the caller's: `prompt(example) -> ids`, the engine's tools,
+and `judge(trajectory) -> Verdict`.
 """
 
 import math
@@ -72,7 +73,6 @@ class Verdict:
     masked: bool = False
 
 
-Prompt = Callable[[int], list[int]]
 Judge = Callable[[Trajectory], Verdict]
 
 
@@ -129,27 +129,31 @@ def well_formed(trajectory: Trajectory, tools: dict[int, Any]) -> bool:
     return trajectory.ended and opened is None
 
 
-def rollouts(
-    engine: Engine, prompt: Prompt, judge: Judge, examples: Sequence[int], sampling: Sampling, seed: int
-) -> list[Group]:
+@dataclass(frozen=True)
+class Actor:
+    """A model that writes, what it is asked, and what its answers are worth."""
+
+    engine: Engine
+    prompt: Callable[[int], list[int]]  # example -> ids
+    judge: Judge
+    sampling: Sampling
+
+
+def rollouts(actor: Actor, examples: Sequence[int], seed: int) -> list[Group]:
     """num_samples trajectories of each example, judged. The model is in eval mode while it writes, then as before."""
-    per_batch = max(1, sampling.batch_size // sampling.num_samples)
-    was_training = engine.model.training
-    engine.model.eval()
+    model, per_batch = actor.engine.model, max(1, actor.sampling.batch_size // actor.sampling.num_samples)
+    was_training = model.training
+    model.eval()
     try:
-        groups = []
-        for i in range(0, len(examples), per_batch):
-            groups += _sample(engine, prompt, judge, examples[i : i + per_batch], sampling, mix_seed(seed, i))
+        batches = range(0, len(examples), per_batch)
+        return [g for i in batches for g in _sample(actor, examples[i : i + per_batch], mix_seed(seed, i))]
     finally:
-        engine.model.train(was_training)  # also drops the weights cast for sampling (nanochat/layers.py)
-    return groups
+        model.train(was_training)  # also drops the weights cast for sampling (nanochat/layers.py)
 
 
-def _sample(
-    engine: Engine, prompt: Prompt, judge: Judge, examples: Sequence[int], sampling: Sampling, seed: int
-) -> list[Group]:
-    n = sampling.num_samples
-    prompts = [prompt(i) for i in examples]
+def _sample(actor: Actor, examples: Sequence[int], seed: int) -> list[Group]:
+    engine, sampling, n = actor.engine, actor.sampling, actor.sampling.num_samples
+    prompts = [actor.prompt(i) for i in examples]
     ids = [list(p) for p in prompts for _ in range(n)]
     masks = [[0] * len(row) for row in ids]
     columns = engine.generate(
@@ -165,7 +169,7 @@ def _sample(
         Trajectory(examples[r // n], ids[r], masks[r], len(prompts[r // n]), ids[r][-1] in engine.terminators)
         for r in range(len(ids))
     ]
-    return [Group(g, [judge(t) for t in g]) for g in (written[i : i + n] for i in range(0, len(written), n))]
+    return [Group(g, [actor.judge(t) for t in g]) for g in (written[i : i + n] for i in range(0, len(written), n))]
 
 
 def mix_seed(*parts: int) -> int:
@@ -189,17 +193,15 @@ class Order:
         return int(self._order[place])
 
 
-def collect(
-    engine: Engine, prompt: Prompt, judge: Judge, order: Order, n: int, sampling: Sampling, seed: int, rounds: int = 1
-) -> tuple[list[Group], list[Group]]:
-    """-> (up to n groups whose rewards differ, all groups sampled). For those missing, `rounds` times, others are drawn."""
+def collect(actor: Actor, order: Order, n: int, seed: int, rounds: int = 1) -> tuple[list[Group], list[Group]]:
+    """-> (up to n groups that teach, all groups sampled). For those missing, others are drawn `rounds` times."""
     kept: list[Group] = []
     sampled: list[Group] = []
     for i in range(1 + rounds):
         if len(kept) == n:
             break
         examples = [next(order) for _ in range(n - len(kept))]
-        new = rollouts(engine, prompt, judge, examples, sampling, mix_seed(seed, i))
+        new = rollouts(actor, examples, mix_seed(seed, i))
         sampled += new
         kept += [g for g in new if g.teaches]
     return kept, sampled
@@ -301,30 +303,22 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def evaluate(
-    engine: Engine,
-    prompt: Prompt,
-    judge: Judge,
-    n_examples: int,
-    sampling: Sampling,
-    seed: int,
-    ranks: Ranks | None = None,
-) -> dict[str, dict[str, float]]:
+def evaluate(actor: Actor, n_examples: int, seed: int, ranks: Ranks | None = None) -> dict[str, dict[str, float]]:
     """ "reward", "valid" and "pass@k", k = 1, 2, 4 .. num_samples, over examples 0 .. n_examples - 1.
 
     Each {"value", "stderr", "n"}: means over examples with the standard error of that mean. Ranks share the work.
     """
-    ranks, n = ranks or Ranks(), sampling.num_samples
+    ranks, n = ranks or Ranks(), actor.sampling.num_samples
     ks = sorted({min(2**i, n) for i in range(n.bit_length() + 1)})
     names = ["reward", "valid", *(f"pass@{k}" for k in ks)]
     sums = torch.zeros(2, len(names), dtype=torch.float64)
     mine = range(ranks.rank, n_examples, ranks.world_size)
-    for group in rollouts(engine, prompt, judge, mine, sampling, mix_seed(seed, ranks.rank)):
+    for group in rollouts(actor, mine, mix_seed(seed, ranks.rank)):
         c = sum(v.correct for v in group.verdicts)
         means = [sum(v.reward for v in group.verdicts) / n, sum(v.valid for v in group.verdicts) / n]
         row = torch.tensor([*means, *(pass_at_k(n, c, k) for k in ks)], dtype=torch.float64)
         sums += torch.stack((row, row * row))
-    total, squares = all_reduce_sum(sums.float().to(engine.model.device)).tolist()
+    total, squares = all_reduce_sum(sums.float().to(actor.engine.model.device)).tolist()
     return {name: score(total[i], squares[i], n_examples) for i, name in enumerate(names)}
 
 

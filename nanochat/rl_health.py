@@ -4,19 +4,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanochat.common import atomic_write, base_dir
 from nanochat.device import all_reduce_sum
-from nanochat.plots import BLUE, GREEN, ORANGE, _faint_and_smooth, _figure, _png, read_metrics, series
+from nanochat.plots import BLUE, GREEN, ORANGE, faint_and_smooth, figure_of, png_bytes, read_metrics, series
 from nanochat.rl import Batch, Group
 
 SUMS = """groups zero_variance trajectories reward correct valid truncated length logp tokens logp_correct
     tokens_correct""".split()  # noqa: SIM905
 # how far below its best a smoothed figure may fall before the run counts as collapsed
 FALLS = {"reward": 0.15, "valid": 0.2, "logp_correct": 0.5}
+SIGMAS = 3.0  # standard errors of the difference
 
 
 @dataclass
@@ -68,36 +70,53 @@ class Health:
 
 @dataclass
 class Guard:
-    """Collapse: the smoothed reward, share of valid formats or log p of correct trajectories far below its best.
+    """Tells a collapse: figures of training, or of held-out examples, far below their best.
 
-    The likelihood falls before the reward does (arXiv 2512.04220). Figures are means that forget with `decay`; the
-    first `warmup` steps are too noisy to be anyone's best.
+    Of training: the reward, the share of valid formats and log p of correct trajectories, whose decay precedes that of
+    the reward (arXiv 2512.04220); means that forget with `decay`, the first `warmup` of them too noisy to be a best.
     """
 
     falls: dict[str, float] = field(default_factory=lambda: dict(FALLS))
     decay: float = 0.9
     warmup: int = 10
-    state: dict[str, dict[str, float]] = field(default_factory=dict)  # for a checkpoint
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # for a checkpoint
 
     def update(self, figures: dict[str, float]) -> str | None:
-        """Take one step's figures -> what fell and how far, or None."""
+        """One step of training -> what fell and how far, or None."""
         for key, fall in self.falls.items():
             if key not in figures:
                 continue
-            s = self.state.setdefault(key, {"sum": 0.0, "weight": 0.0, "steps": 0, "best": -math.inf})
+            s = self.state.setdefault(key, {"sum": 0.0, "weight": 0.0, "steps": 0.0})
             s["sum"] = self.decay * s["sum"] + figures[key]
             s["weight"] = self.decay * s["weight"] + 1.0
             s["steps"] += 1
             now = s["sum"] / s["weight"]
             if s["steps"] >= self.warmup:
-                s["best"] = max(s["best"], now)
+                s["best"] = max(s.get("best", now), now)
                 if now < s["best"] - fall:
                     return f"{key} fell from {s['best']:.3f} to {now:.3f} (smoothed)"
         return None
 
+    def held_out(self, scores: dict[str, dict[str, float]]) -> str | None:
+        """An evaluation -> what fell by more than SIGMAS standard errors below the one of highest reward, or None.
+
+        Of pass@k the widest is watched: a policy that repeats one wrong answer loses it first. Where the reward is
+        higher than ever, it may fall: that is a policy becoming sure.
+        """
+        best = self.state.setdefault("held_out", scores)
+        if scores["reward"]["value"] > best["reward"]["value"]:
+            self.state["held_out"] = scores
+            return None
+        for name in ("reward", *[name for name in scores if name.startswith("pass@")][-1:]):
+            was, now = best[name], scores[name]
+            if was["value"] - now["value"] > SIGMAS * math.hypot(was["stderr"], now["stderr"]):
+                return f"held-out {name} fell from {was['value']:.3f} to {now['value']:.3f}"
+        return None
+
     def forget(self) -> None:
-        """Start anew, after a rollback."""
-        self.state.clear()
+        """Begin the means of training anew, after a rollback."""
+        for key in self.falls:
+            self.state.pop(key, None)
 
 
 # of a picture: (axis, {key of metrics.jsonl: label})
@@ -116,14 +135,14 @@ def plot_health(jsonl: Path, name: str, out_dir: Path | None = None) -> Path:
     rows = read_metrics(jsonl)
     panels = [(axis, [k for k in keys if len(series(rows, k)[0])], keys) for axis, keys in PANELS]
     panels = [p for p in panels if p[1]]
-    figure, axes = _figure(max(1, len(panels)))
+    figure, axes = figure_of(max(1, len(panels)))
     for ax, (axis, found, labels) in zip(axes, panels, strict=False):
         for key, colour in zip(found, COLOURS, strict=False):
-            _faint_and_smooth(ax, *series(rows, key), colour, labels[key])
+            faint_and_smooth(ax, *series(rows, key), colour, labels[key])
         ax.set_ylabel(axis)
         ax.legend(frameon=False, fontsize=8)
     axes[0].set_title(f"{name}: health, {rows[-1]['step']:,} steps", fontsize=10, loc="left")
     path = Path(out_dir or base_dir() / "report") / f"{name}_health.png"
     with atomic_write(path) as f:
-        f.write(_png(figure))
+        f.write(png_bytes(figure))
     return path

@@ -59,7 +59,10 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, softcap: fl
 
 
 def linear_cross_entropy_rows(x: Tensor, weight: Tensor, targets: Tensor, softcap: float = 0.0) -> Tensor:
-    """The same per row and in float32, for evaluation: (N, D), (V, D), (N,) -> (N,) nats, 0 where target is -1."""
+    """The same per row and in float32, for evaluation and for RL, which weighs every token by itself.
+
+    x: (N, D), weight: (V, D), targets: (N,) -> (N,) nats, 0 where the target is -1.
+    """
     out = torch.empty(x.size(0), dtype=torch.float32, device=x.device)
     for i in range(0, x.size(0), CE_ROWS):
         logits = cap_logits((x[i : i + CE_ROWS] @ weight.t()).float(), softcap)  # (n, V)
