@@ -6,12 +6,16 @@ tokenizer puts <|bos|> first, as in training; the chat template writes its own.
 """
 
 import json
+import re
+from itertools import pairwise
 from typing import Any
 
+from nanochat.config import UserError
 from nanochat.conversation import WRAPPED
 from nanochat.tokenizer import Tokenizer
 
 BOS, EOS = "<|bos|>", "<|assistant_end|>"
+POSSESSIVE = re.compile(r"(\\p\{\w+\}|\\?\w|\[[^\]]*\])(\{\d+(?:,\d*)?\})\+")  # a token of a regex, {1,3}+
 
 # conversation.render in Jinja: add_generation_prompt=True gives render_for_completion, False render_conversation.
 CHAT_TEMPLATE = """
@@ -80,7 +84,12 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
     def spell(token: bytes) -> str:
         return "".join(letters[b] for b in token)
 
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated", "invert": False}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": oniguruma(tokenizer.pattern)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -99,6 +108,16 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
             "merges": [[spell(a), spell(b)] for a, b in merges(tokenizer.tokens)],
         },
     }
+
+
+def oniguruma(pattern: str) -> str:
+    """Our pattern in the dialect of the tokenizers library, which reads X{1,3}+ as (X{1,3})+: it becomes (?>X{1,3})."""
+    changed = POSSESSIVE.sub(r"(?>\1\2)", pattern)
+    if re.search(r"(?<!p)\{[\d,]+\}\+", changed):
+        raise UserError(
+            f"split pattern {pattern!r}: transformers has no possessive {{m,n}}+: write it as (?>...{{m,n}})"
+        )
+    return changed
 
 
 def bos_first(bos_id: int) -> dict[str, Any]:
@@ -133,7 +152,7 @@ def merge_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes
     """BPE of one token with the merges of rank < limit alone -> its parts."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 1:
-        joined = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(a + b, limit) for a, b in pairwise(parts)]
         best = min(joined)
         if best >= limit:
             break
