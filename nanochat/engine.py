@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.execution import calculate
+from nanochat.execution import calculate, run_python
 from nanochat.sampling import ENDED, Sampler
 
 
@@ -42,11 +42,24 @@ class Tool:
     max_calls: int = 64
 
 
+PYTHON_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+
+
 def calculator(tokenizer: Any) -> Tool:
     """The calculator, between nanochat's python and output tokens."""
-    names = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-    start, end, output_start, output_end = map(tokenizer.encode_special, names)
+    start, end, output_start, output_end = map(tokenizer.encode_special, PYTHON_TOKENS)
     return Tool(start, end, calculate, output_start, output_end)
+
+
+def python(tokenizer: Any, timeout_s: float = 5.0) -> Tool:
+    """Python in the sandbox, between the same tokens: what the code prints comes back, or why it failed."""
+
+    def handler(code: str) -> str:
+        result = run_python(code, timeout_s=timeout_s)
+        return result.stdout.rstrip("\n") if result.ok else f"error: {result.error}"
+
+    start, end, output_start, output_end = map(tokenizer.encode_special, PYTHON_TOKENS)
+    return Tool(start, end, handler, output_start, output_end, max_calls=8)
 
 
 @dataclass

@@ -15,6 +15,8 @@ import torch
 from nanochat.blocks import entry_names
 from nanochat.common import git_state, run_script
 from nanochat.config import load_config
+from nanochat.core_bundle import CORE_TASKS, core_folder
+from nanochat.core_eval import GPTScorer, core, evaluate_core
 from nanochat.dataloader import PackedLoader, document_index, val_windows
 from nanochat.dataset import shard_paths
 from nanochat.device import Ranks
@@ -92,6 +94,8 @@ class BaseTrainConfig:
     # evaluation and output
     eval_every: Annotated[int, "steps between validations; 0 = only at the end, -1 = never"] = 250
     eval_tokens: Annotated[int, "tokens of validation text, fixed windows"] = 20 * 524288
+    core_metric_every: Annotated[int, "steps between CORE evaluations; 0 = only at the end, -1 = never"] = -1
+    core_metric_max_per_task: Annotated[int, "questions of each CORE task; -1 = all"] = 500
     sample_every: Annotated[int, "steps between samples; 0 = only at the end, -1 = never"] = 2000
     save_every: Annotated[int, "steps between checkpoints; 0 = only at the end, -1 = never"] = 1000
     keep_last: Annotated[int, "checkpoints kept"] = 2
@@ -215,6 +219,8 @@ def main(argv: list[str]) -> None:
                 loop.log(val_bpb=val_bpb)
                 loop.meta["val_bpb"] = val_bpb
                 loop.meta.setdefault("untrained_val_bpb", val_bpb)
+            if step.due(cfg.core_metric_every):
+                loop.log(core=core_metric(cfg, model, tokenizer, ranks))
             if step.due(cfg.save_every) and not step.first:
                 loop.save(place())
             if step.due(cfg.sample_every) and ranks.main:
@@ -241,6 +247,15 @@ def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: in
     run.print(f"blocks: {' '.join(entry_names(model.config.block_pattern, model.config.n_layer))}")
     run.print(f"model: {n['total'] / 1e6:.2f}M parameters ({parts}), {flops:.1f} MFLOP per token")
     run.print(f"training: {steps} steps of {tokens_per_step} tokens ({forwards}), {ratio:.1f} tokens per parameter")
+
+
+def core_metric(cfg: BaseTrainConfig, model: GPT, tokenizer: Tokenizer, ranks: Ranks) -> float:
+    """CORE of the model as it stands, over the tasks that have data."""
+    model.eval()
+    scorer = GPTScorer(model, tokenizer)
+    scores = evaluate_core(scorer, core_folder(), CORE_TASKS, cfg.core_metric_max_per_task, ranks=ranks)
+    model.train()
+    return core(scores)[0]
 
 
 def sample(run: Run, model: GPT, tokenizer: Tokenizer) -> list[str]:

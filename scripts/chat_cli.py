@@ -20,7 +20,7 @@ from nanochat.checkpoint import SOURCES, load_model
 from nanochat.common import base_dir, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device, pick_dtype
-from nanochat.engine import Engine, Session, StreamDecoder
+from nanochat.engine import Engine, Session, StreamDecoder, calculator, python
 
 with contextlib.suppress(ImportError):  # arrow keys and history in input(), where the platform has them
     import readline  # noqa: F401
@@ -50,6 +50,9 @@ class ChatConfig:
     top_p: Annotated[float | None, "sample among the fewest ids of this total probability; None = off"] = None
     max_tokens: Annotated[int, "longest answer"] = 256
     seed: Annotated[int, "same seed, same answers"] = 42
+    tool: Annotated[Literal["calculator", "python"], "what answers the model's calls; python runs in the sandbox"] = (
+        "calculator"
+    )
     device: Annotated[str, "cpu, cuda, cuda:1, mps; '' = the best there is"] = ""
     dtype: Annotated[str, "-d: auto, float32 or bfloat16"] = "auto"
 
@@ -66,7 +69,8 @@ def load_engine(cfg: ChatConfig) -> Engine:
     model.set_compute(dtype)
     size = model.n_params()["total"] / 1e6
     note(f"{cfg.source}, step {meta.get('step')}, {size:.1f}M parameters; {describe_device(device, dtype)}")
-    return Engine(model, tokenizer)
+    tools = {"calculator": calculator, "python": python}
+    return Engine(model, tokenizer, [tools[cfg.tool](tokenizer)])
 
 
 def note(text: str) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanochat.blocks import BLOCKS
 from nanochat.config import UserError
-from nanochat.engine import ENDED, Engine, Session, StreamDecoder, Tool
+from nanochat.engine import ENDED, Engine, Session, StreamDecoder, Tool, python
 from nanochat.gpt import GPT, GPTConfig
 
 # A small vocabulary: bytes, then the special tokens the engine asks for.
@@ -257,6 +257,12 @@ def test_calculator_output_is_forced_into_the_row():
     rows, masks = Engine(PrefixModel(says(sampled_there, 1)), ByteTokenizer()).generate_batch([BOS])
     assert rows == [[BOS, *said[:-1]]]
     assert masks == [[0, *[1] * 8, *[0] * 5, 1]]
+
+
+def test_the_python_tool_runs_code_in_the_sandbox_and_says_why_it_failed():
+    tool = python(ByteTokenizer())
+    assert tool.handler("print(sum(range(10)))") == "45"
+    assert tool.handler("1 / 0") == "error: ZeroDivisionError: division by zero"
 
 
 def test_tool_without_an_answer_forces_nothing():
