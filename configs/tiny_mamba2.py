@@ -1,4 +1,4 @@
-"""6 Mamba-2 layers, width 256, context 512, for a CPU: about the parameters of tiny_transformer.
+"""7 Mamba-2 layers, width 256, context 512, for a CPU: about the parameters of tiny_transformer.
 
 python -m scripts.base_train configs/tiny_mamba2.py
 """

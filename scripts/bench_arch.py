@@ -64,8 +64,8 @@ class BenchArchConfig(BaseTrainConfig):
 
     budget: Annotated[Literal["tokens", "flops", "seconds"], "what is equal in training"] = "tokens"
     amount: Annotated[float, "of the budget, for each run; 0 = 1e5 tokens, 4e12 FLOPs or 20 seconds"] = 0.0
-    lrs: Annotated[list, "rates of the matrices to try"] = (0.005, 0.01, 0.02)  # pyrefly: ignore
-    seeds: Annotated[int, "runs at the best rate, the one of the sweep among them; of a toy model too"] = 2
+    lrs: Annotated[list, "rates of the matrices to try"] = (0.01, 0.02, 0.04)  # pyrefly: ignore
+    seeds: Annotated[int, "runs at the best rate, the one of the sweep among them; of a toy model too"] = 1
     eval_tokens: Annotated[int, "tokens of validation text, fixed stream windows"] = 65536
     parts: Annotated[list, "train, length, recall, needle"] = ("train", "length", "recall", "needle")  # pyrefly: ignore
     lengths: Annotated[list, "context lengths"] = (256, 1024, 4096, 16384, 32768)  # pyrefly: ignore
