@@ -24,7 +24,7 @@ from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import lr_schedule, muon_momentum
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import average_gradients
+from nanochat.train import average_gradients, compile_model
 from scripts.base_train import BaseTrainConfig, build_model
 from scripts.plain_model import PlainGPT
 
@@ -64,8 +64,10 @@ def ours(cfg: BenchTrainConfig, vocab_size: int, device: torch.device, dtype: to
     optimizer = cfg.make_optimizer(model, dtype)
     print(f"ours: {kernels}, {str(dtype)[6:]}, {model.n_params()['total'] / 1e6:.2f}M parameters")
 
+    forward = compile_model(model) if cfg.compile else model
+
     def step(batch: Batch, i: int) -> float:
-        loss = model(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
+        loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
         loss.backward()
         average_gradients(optimizer.params, batch.tokens, cfg.grad_clip)
         scale = lr_schedule(i / cfg.steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)

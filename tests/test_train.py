@@ -141,9 +141,41 @@ def test_a_used_folder_is_not_overwritten(text: Path) -> None:
         base_train.main([*SMALL, "--num_iterations=2", "--eval_every=-1"])
 
 
-@pytest.mark.parametrize("pattern", ["T"])
+OLD_FILE = """depth = 20
+block_pattern = ["T"] * 12 + ["M"] * 8
+mamba_d_state = 16
+mamba_d_conv = 4
+mamba_expand = 2
+mamba_use_mlp = False
+max_seq_len = 2048
+device_batch_size = 4
+total_batch_size = 524288
+target_param_data_ratio = 20
+embedding_lr = 0.2
+unembedding_lr = 0.004
+matrix_lr = 0.02
+weight_decay = 0.0
+grad_clip = 1.0
+init_lr_frac = 0.02
+"""
+
+
+def test_an_old_nanochat_turbo_file_trains_its_stack(text: Path, tmp_path: Path) -> None:
+    """The file unchanged; only width and lengths are made tiny on the command line."""
+    path = tmp_path / "hybrid_early_t_late_m_d20.py"
+    path.write_text(OLD_FILE)
+    options = [o for o in SMALL if not o.startswith("--depth")]
+    base_train.main([str(path), *options, "--num_iterations=3", "--eval_every=0"])
+    folder = text / "base_checkpoints" / "t"
+    meta = json.loads((folder / "step_000003" / "meta.json").read_text())
+    assert meta["model_config"]["block_pattern"] == ["attn"] * 12 + ["mamba"] * 8
+    assert rows(folder / "metrics.jsonl")[3]["loss"] < rows(folder / "metrics.jsonl")[1]["loss"]
+
+
+@pytest.mark.parametrize("pattern", ["T", "M2,G", "M,T"])
 def test_resume_continues_bit_identically(text: Path, pattern: str) -> None:
-    options = [*SMALL, f"--block_pattern={pattern}", "--num_iterations=12", "--eval_every=4", "--save_every=5"]
+    options = [*SMALL, f"--block_pattern={pattern}", "--gdn_head_dim=8", "--num_iterations=12"]
+    options += ["--eval_every=4", "--save_every=5"]
     base_train.main([*options, "--model_tag=whole"])
     base_train.main([*options, "--model_tag=cut"])
     cut = text / "base_checkpoints" / "cut"
