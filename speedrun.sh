@@ -88,8 +88,8 @@ cpu_run() {
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
         --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-20}" --lrs=0.01 --seeds=1 --lengths=256,1024
-    stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train configs/tiny_hybrid.py --run="$RUN" "${mid[@]}" \
-        --resume
+    stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
+        "${mid[@]}" --resume
     stage chat_eval_mid - python -m scripts.chat_eval -i mid "${chat[@]}"
     stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - python -m scripts.chat_eval -i sft "${chat[@]}"
