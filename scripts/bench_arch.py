@@ -75,8 +75,8 @@ class BenchArchConfig(BaseTrainConfig):
     vocab_size: Annotated[int, "ids of the models of `length`; 0 = those of the tokenizer"] = 0
     toy_steps: Annotated[int, "training steps of a toy model; fewer when it has solved its task"] = 1000
     toy_lrs: Annotated[list, "rates of its matrices to try"] = (0.02, 0.005)  # pyrefly: ignore
-    recall_pairs: Annotated[int, "pairs of key and value"] = 8
-    recall_len: Annotated[int, "tokens of a sequence of recall"] = 32
+    recall_pairs: Annotated[int, "pairs of key and value"] = 16
+    recall_len: Annotated[int, "tokens of a sequence of recall"] = 64
     needle_lens: Annotated[list, "tokens around a needle; trained on the first"] = (64, 128, 256, 512)  # pyrefly: ignore
     workers: Annotated[int, "processes for toy models, a thread each; 0 = one per core, on a GPU one"] = 0
     out: Annotated[str, "name of the files written"] = "arch"
