@@ -72,7 +72,7 @@ def test_every_part_is_measured_written_and_reported(
     assert all(r["prefill_ms"] > 0 and r["decode_ms_1"] > 0 and r["decode_ms_2"] > 0 for r in cells.values())
     assert cells["full", 16]["state_bytes"] == 2 * 2 * 16 * 32 * 4  # layers, keys and values, tokens, width, float32
     assert cells["window", 64]["state_bytes"] == 2 * (8 + 64) * 32 * 4
-    for part, lengths in (("recall", {"32"}), ("needle", {"8", "12"})):
+    for part, lengths in (("recall", {"64"}), ("needle", {"8", "12"})):
         assert all(set(r["accuracy"]) == lengths and r["blocks"] == "2*attn" for r in parts[part]["rows"])
     assert all({"command", "git", "machine", "torch", "wall_s"} <= set(p) for p in parts.values())
     for part in parts:
