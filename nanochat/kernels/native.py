@@ -8,11 +8,11 @@ from types import ModuleType
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.config import UserError
+from nanochat.ops.rows import document_starts
 
 try:
     import rustbpe
@@ -114,9 +114,7 @@ def selective_scan(
         raise UserError(f"native scan: B {tuple(B.shape)}, C {tuple(C.shape)}: expected (B, N, T); kernels=reference")
     if torch.float64 in (u.dtype, delta.dtype) or A.is_complex():
         raise UserError(f"native scan: u is {u.dtype}, A is {A.dtype}: expected real float32; use kernels=reference")
-    resets = None
-    if seq_idx is not None:
-        resets = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)).to(torch.uint8)
+    resets = None if seq_idx is None else document_starts(seq_idx).to(torch.uint8)
     floats = (
         *(_time_major(u), _time_major(delta), _float32(A), _time_major(B), _time_major(C)),
         *(_float32(D), _time_major(z), _float32(delta_bias), _float32(initial_state)),

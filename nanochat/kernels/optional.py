@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.config import UserError
+from nanochat.ops.rows import document_numbers, document_starts, valid_tokens
 
 NO_LIMIT = (0.0, float("inf"))
 
@@ -85,15 +86,8 @@ def documents(seq_idx: Tensor, lengths: Tensor | None = None) -> Tensor:
     Kernels compare indices and give the initial state to document 0, so they need them distinct and starting there.
     Pads stay with the last valid token.
     """
-    ends = seq_idx[:, 1:] != seq_idx[:, :-1]
-    if lengths is not None:
-        ends &= valid_tokens(seq_idx, lengths)[:, 1:]
-    return F.pad(ends.cumsum(1), (1, 0)).int()
-
-
-def valid_tokens(like: Tensor, lengths: Tensor) -> Tensor:
-    """like: (B, T, ...), lengths: (B,) -> (B, T) bool on its device, False on pads."""
-    return torch.arange(like.size(1), device=like.device) < lengths.to(like.device)[:, None]
+    valid = None if lengths is None else valid_tokens(seq_idx, lengths)
+    return document_numbers(seq_idx, valid).int()
 
 
 def ssd_scan(
@@ -173,8 +167,8 @@ def causal_conv1d(
 def cu_seqlens(seq_idx: Tensor) -> tuple[Tensor, int]:
     """(B, T) document index -> first token of every document in the B T tokens laid end to end, with B T behind
     (n + 1,) int32, and the longest document in tokens (which waits for the device)."""
-    starts = torch.ones_like(seq_idx, dtype=torch.bool)
-    starts[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    starts = document_starts(seq_idx)
+    starts[:, 0] = True
     cu = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=seq_idx.numel()).int()
     return cu, int(cu.diff().max())
 

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nanochat.ops.rows import document_starts, valid_tokens
+
 
 def _module(name: str) -> Any:
     try:
@@ -267,9 +269,9 @@ def _marks(u: Tensor, seq_idx: Tensor | None, lengths: Tensor | None) -> Tensor 
         return None
     mark = u.new_zeros(u.size(0), u.size(2), dtype=torch.int8)
     if seq_idx is not None:
-        mark[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+        mark = document_starts(seq_idx).to(torch.int8)
     if lengths is not None:
-        mark.masked_fill_(torch.arange(u.size(2), device=u.device) >= lengths.to(u.device)[:, None], 2)
+        mark.masked_fill_(~valid_tokens(u.transpose(1, 2), lengths), 2)
     return mark
 
 

@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nanochat.kernels.optional import NO_LIMIT, documents, valid_tokens
+from nanochat.kernels.optional import NO_LIMIT, documents
 from nanochat.kernels.triton_scan import available, jit, tl, triton
+from nanochat.ops.rows import valid_tokens
 
 __all__ = ["available", "chunk_states", "ssd_scan"]
 

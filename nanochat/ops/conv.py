@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.config import UserError
+from nanochat.ops.rows import document_numbers
 
 BLOCK_ELEMENTS = 131072  # of a block's (b, t, C): 0.5 MB; the backward works on three such
 
@@ -108,14 +109,9 @@ class _CausalConv(torch.autograd.Function):
         return dx, d_weight, d_bias, d_before, None, None
 
 
-def _document(seq_idx: Tensor) -> Tensor:
-    """How many changes of document lie before each token: (B, T) -> (B, T), from 0."""
-    return F.pad((seq_idx[:, 1:] != seq_idx[:, :-1]).long().cumsum(1), (1, 0))
-
-
 def _same_document(seq_idx: Tensor, width: int) -> Tensor:
     """(B, T) -> (B, T, W) float: 1 where a token's tap k lies in its document; what precedes a row is in its first."""
-    doc = _document(seq_idx)
+    doc = document_numbers(seq_idx)
     return (F.pad(doc, (width - 1, 0)).unfold(1, width, 1) == doc[:, :, None]).float()
 
 
@@ -131,7 +127,7 @@ def _final_states(x: Tensor, before: Tensor, seq_idx: Tensor | None, lengths: Te
     states = torch.where((at < 0)[..., None], old, new)
     if seq_idx is None:
         return states
-    doc = _document(seq_idx)
+    doc = document_numbers(seq_idx)
     last = doc.gather(1, (end - 1).clamp_min(0)[:, None])
     return states.masked_fill((doc.gather(1, at.clamp_min(0)) != last)[..., None], 0)
 

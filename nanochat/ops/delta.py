@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.config import UserError
+from nanochat.ops.rows import document_starts, valid_tokens
 
 CHUNK = 64  # tokens
 LEAF = 16  # order below which an inverse is not split further
@@ -158,12 +159,6 @@ class _GatedDeltaRule(torch.autograd.Function):
         return *(_from_chunks(x, B) for x in grads), dS.unflatten(0, (B, -1)), None, None, None
 
 
-def _documents(seq_idx: Tensor, valid: Tensor | None, pad: int) -> Tensor:
-    """Number the documents of each row from 0; what pads a row belongs to its last one: (B, T) -> (B, T + pad)."""
-    change = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-    return F.pad(change if valid is None else change & valid, (0, pad)).cumsum(1)
-
-
 def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> None:
     """The shapes of the rule, after any batch and time axes: q, k (..., Hk, K), v (..., H, V), g, beta (..., H)."""
     if q.shape != k.shape or q.shape[:-2] != v.shape[:-2] or not g.shape == beta.shape == v.shape[:-1]:
@@ -204,12 +199,13 @@ def gated_delta_rule(
     wide = torch.promote_types(q.dtype, torch.float32)  # float64 is for tests
     g, beta, valid = g.to(wide), beta.to(wide), None
     if lengths is not None:
-        valid = torch.arange(T, device=q.device) < lengths.to(q.device)[:, None]  # (B, T)
+        valid = valid_tokens(q, lengths)
         g, beta = (torch.where(valid[..., None], x, 0.0) for x in (g, beta))
     Q = min(chunk_size, max(LEAF, 1 << (T - 1).bit_length()))
     pad, doc = -T % Q, None
     if seq_idx is not None:
-        doc = _to_chunks(_documents(seq_idx, valid, pad)[..., None].expand(-1, -1, H), Q)
+        doc = F.pad(document_starts(seq_idx, valid), (0, pad)).cumsum(1)  # what pads a row belongs to its last document
+        doc = _to_chunks(doc[..., None].expand(-1, -1, H), Q)
     q, k, v = (F.pad(x.to(q.dtype), (0, 0, 0, 0, 0, pad)) if pad else x.to(q.dtype) for x in (q, k, v))
     g, beta = (F.pad(x, (0, 0, 0, pad)) for x in (g, beta)) if pad else (g, beta)
     q, k = (x.repeat_interleave(H // x.size(2), 2) if x.size(2) != H else x for x in (q, k))

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from nanochat.config import UserError
 from nanochat.ops.conv import state_dtype, time_major
+from nanochat.ops.rows import document_starts, valid_tokens
 
 STEP_ELEMENTS = 16384  # of a step's (b, N, E): 64 KB, below which a call costs more than its arithmetic
 TILE_ELEMENTS = 262144  # of a tile's (t, b, N, E): 1 MB; the backward works on three such
@@ -262,13 +263,11 @@ def selective_scan(
     if max(B.ndim, C.ndim) == 4:
         optional = (D, z, delta_bias, initial_state)
         return _grouped(u, delta, A, B, C, optional, delta_softplus, return_last_state, seq_idx, lengths)
-    dtype, T = state_dtype(u), u.size(2)
-    pad = reset = None
-    if lengths is not None:
-        pad = torch.arange(T, device=u.device) >= lengths.to(u.device)[:, None]  # (B, T)
+    dtype = state_dtype(u)
+    valid = None if lengths is None else valid_tokens(u.transpose(1, 2), lengths)
+    reset = None
     if seq_idx is not None:
-        change = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0))
-        change = change if pad is None else change & ~pad
+        change = document_starts(seq_idx, valid)
         reset = torch.zeros(change.shape, dtype=dtype, device=u.device).masked_fill_(change, float("-inf"))
     inputs = _Inputs(
         u=time_major(u),
@@ -281,7 +280,7 @@ def selective_scan(
         bias=None if delta_bias is None else delta_bias.to(dtype),
         h0=None if initial_state is None else initial_state.transpose(1, 2).to(dtype),
         reset=reset,
-        pad=pad,
+        pad=None if valid is None else ~valid,
     )
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     out, last = _SelectiveScan.apply(delta_softplus, keep, *inputs)

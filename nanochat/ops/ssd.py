@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.ops.rows import document_numbers, valid_tokens
+
 SSD_CHUNK = 64
 NO_LIMIT = (0.0, math.inf)
 
@@ -128,14 +130,6 @@ def _step_sizes(dt: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple
     return dt if softplus and limit == NO_LIMIT else dt.clamp(*limit)
 
 
-def _documents(seq_idx: Tensor, valid: Tensor | None) -> Tensor:
-    """(B, T) any index that changes where a document ends -> (B, T) counted from 0; pads stay with the last token."""
-    ends = seq_idx[:, 1:] != seq_idx[:, :-1]
-    if valid is not None:
-        ends = ends & valid[:, 1:]
-    return F.pad(ends.cumsum(1), (1, 0))
-
-
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -167,7 +161,7 @@ def ssd_scan(
     wide = torch.promote_types(x.dtype, torch.float32)
     dt, valid = _step_sizes(dt.to(wide), dt_bias, dt_softplus, dt_limit), None
     if lengths is not None:
-        valid = torch.arange(T, device=x.device) < lengths.to(x.device)[:, None]  # (B, T)
+        valid = valid_tokens(x, lengths)
         dt = dt * valid[..., None]
     if initial_states is None:
         initial_states = torch.zeros(Bn, H, P, N, dtype=wide, device=x.device)
@@ -179,7 +173,7 @@ def ssd_scan(
         C.to(x.dtype),
         None if D is None else D.to(wide).view(H, -1).expand(H, P),
         initial_states.to(wide).contiguous(),
-        None if seq_idx is None else _documents(seq_idx, valid),
+        None if seq_idx is None else document_numbers(seq_idx, valid),
         torch.full((chunk_size, chunk_size), -math.inf, dtype=wide, device=x.device).triu_(1),
         torch.is_grad_enabled(),
     )
