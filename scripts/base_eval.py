@@ -28,7 +28,7 @@ from nanochat.config import UserError, load_config
 from nanochat.core_bundle import CORE_TASKS, CoreTask, core_folder, task_file
 from nanochat.core_eval import GPTScorer, Scorer, TaskScore, core, evaluate_core, judge_logits, published_scores
 from nanochat.device import Ranks, all_reduce_sum, describe_device, init_ranks, leave_ranks, pick_device, pick_dtype
-from nanochat.report import log_stage
+from nanochat.report import aligned_table, log_stage
 
 NEAREST = 5  # published models shown beside ours, with the best and the last of them
 GPT2_XL = 0.256525  # CORE of GPT-2 with 1.6B parameters, the mark of nanochat's leaderboard
@@ -122,7 +122,7 @@ def score_table(scores: Sequence[TaskScore], value: float, stderr: float, name: 
         rows.append([s.task.label, str(s.task.shots), *(f"{x:.4f}" for x in figures), str(s.n), str(s.cropped)])
     n, cropped = sum(s.n for s in scores), sum(s.cropped for s in scores)
     rows.append([f"**{name}**", "", "", "", "", f"**{value:.4f}**", f"{stderr:.4f}", str(n), str(cropped)])
-    return markdown(rows)
+    return aligned_table(rows)
 
 
 def published_table(folder: Path, labels: Sequence[str], name: str, value: float, stderr: float) -> str:
@@ -139,18 +139,11 @@ def published_table(folder: Path, labels: Sequence[str], name: str, value: float
     about = f"""Published: DCLM's evaluations of {len(models)} models (arXiv 2406.11794), here the best, the last and
 those nearest to ours. Their prompts, tokenizers and contexts differ from ours in detail. GPT-2 with 1.6B parameters has
 CORE {GPT2_XL} in nanochat's hands (22 tasks)."""
-    return markdown([head, *text]) + "\n\n" + " ".join(about.split())
+    return aligned_table([head, *text]) + "\n\n" + " ".join(about.split())
 
 
 def shorten(name: str) -> str:
     return name if len(name) <= 60 else f"{name[:40]}...{name[-17:]}"
-
-
-def markdown(rows: list[list[str]]) -> str:
-    """A table, aligned for the terminal too. Its first row is the head."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
-    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) + " |" for r in rows)
 
 
 def notes(folder: Path, scores: Sequence[TaskScore], tasks: Sequence[CoreTask]) -> list[str]:
