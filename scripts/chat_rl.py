@@ -41,7 +41,7 @@ class ChatRLConfig:
     source: Annotated[Literal["sft", "mid", "base", "rag", "refrag"], "-i: stage to start from"] = "sft"
     model_tag: Annotated[str | None, "-g: checkpoint folder, read and written; none = the one saved last"] = None
     step: Annotated[int | None, "-s: step to start from; none = the newest"] = None
-    task: Annotated[str, "-a: a generative task of tasks/mixtures.py, or NAME:N"] = "Arithmetic"
+    task: Annotated[str, "-a: generative tasks of tasks/mixtures.py, NAME or NAME:N, with commas between"] = "Arithmetic"
     # how much
     num_epochs: Annotated[float, "times through the task, when num_iterations is -1"] = 1.0
     num_iterations: Annotated[int, "optimizer steps; -1 = from num_epochs"] = -1

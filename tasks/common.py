@@ -102,7 +102,10 @@ class RowTask(Task):
 
 
 class TaskMixture(Task):
-    """All examples of all tasks in one shuffled order. A task listed twice is oversampled."""
+    """All examples of all tasks in one shuffled order. A task listed twice is oversampled.
+
+    A conversation keeps the place of its task under "task", so that it is judged by its own.
+    """
 
     name = "mixture"
 
@@ -117,7 +120,13 @@ class TaskMixture(Task):
 
     def example(self, i: int) -> dict[str, Any]:
         task, j = self.places[i]
-        return self.tasks[task][j]
+        return {**self.tasks[task][j], "task": task}
+
+    def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
+        return self.tasks[conversation["task"]].evaluate(conversation, completion)
+
+    def reward(self, conversation: dict[str, Any], completion: str) -> float:
+        return self.tasks[conversation["task"]].reward(conversation, completion)
 
 
 class TaskSequence(Task):

@@ -77,12 +77,15 @@ def mixture(split: str, names: Sequence[str]) -> TaskMixture:
     return TaskMixture(tasks)
 
 
-def rl_task(name: str, split: str) -> Task:
-    """A task whose completions are rewarded: generative ones only."""
-    task = make_task(name, split)
-    if task.kind != "generative":
-        raise UserError(f"{name} is {task.kind}: reinforcement learning samples text, so it needs a generative task")
-    return task
+def rl_task(names: str, split: str) -> Task:
+    """What completions are rewarded for: one generative task, or several in a mixture ("Arithmetic,Spelling")."""
+    tasks = [make_task(name, split) for name in names.split(",")]
+    for task in tasks:
+        if task.kind != "generative":
+            raise UserError(
+                f"{task.name} is {task.kind}: reinforcement learning samples text, so it needs a generative task"
+            )
+    return tasks[0] if len(tasks) == 1 else TaskMixture(tasks)
 
 
 def eval_task(name: str) -> Task:

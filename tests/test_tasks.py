@@ -268,6 +268,17 @@ def test_a_stage_refuses_a_task_of_the_wrong_kind() -> None:
     assert rl_task("Arithmetic", "train").kind == "generative"
 
 
+def test_several_tasks_are_rewarded_each_by_its_own() -> None:
+    both = rl_task("Arithmetic:20,Spelling:20", "train")
+    assert len(both) == 40
+    for conversation in both:
+        answer = plain(conversation["messages"][-1]["content"])
+        assert both.reward(conversation, answer) == 1.0
+        assert both.reward(conversation, "#### -1" if "####" in answer else answer[:-1]) == 0.0
+    with pytest.raises(UserError, match="WorldChoice is categorical"):
+        rl_task("Arithmetic,WorldChoice", "train")
+
+
 def test_every_task_knows_its_own_name() -> None:
     for name in EMBEDDED:
         assert TASKS[name]("test").name == name
