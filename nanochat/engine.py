@@ -6,12 +6,13 @@
     rows, masks = engine.generate_batch([ids_a, ids_b], temperature=0)
 
 The engine knows no block by name: a state is whatever `model.init_state` returned, and it is repeated over samples
-after the prefill and narrowed to the live rows as others end. A row that has ended costs nothing. A tool's output is
-forced into its row as ids; sampled ids are never decoded and encoded again.
+after the prefill and narrowed to the live rows as others end. A row that has ended costs nothing. A tool's output
+(nanochat/tools.py) is forced into its row as ids; sampled ids are never decoded and encoded again. While forced ids are
+emitted the row costs nothing either: the model reads them in one forward, those of all rows that wait together.
 """
 
 import codecs
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,46 +21,10 @@ import torch
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.execution import calculate, run_python
 from nanochat.sampling import ENDED, Sampler
+from nanochat.tools import Call, Tool, calculator, python
 
-
-@dataclass(frozen=True)
-class Tool:
-    """Ids sampled between `start` and `end` are decoded and given to `handler`; its text comes back into the row.
-
-    The text is encoded as ordinary text (it cannot spell a special token), cut to `budget` ids and wrapped in
-    `output_start`, `output_end`. A handler that returns None forces nothing. After `max_calls` calls in one row the
-    start id is an ordinary id there.
-    """
-
-    start: int
-    end: int
-    handler: Callable[[str], str | None]
-    output_start: int
-    output_end: int
-    budget: int = 256
-    max_calls: int = 64
-
-
-PYTHON_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-
-
-def calculator(tokenizer: Any) -> Tool:
-    """The calculator, between nanochat's python and output tokens."""
-    start, end, output_start, output_end = map(tokenizer.encode_special, PYTHON_TOKENS)
-    return Tool(start, end, calculate, output_start, output_end)
-
-
-def python(tokenizer: Any, timeout_s: float = 5.0) -> Tool:
-    """Python in the sandbox, between the same tokens: what the code prints comes back, or why it failed."""
-
-    def handler(code: str) -> str:
-        result = run_python(code, timeout_s=timeout_s)
-        return result.stdout.rstrip("\n") if result.ok else f"error: {result.error}"
-
-    start, end, output_start, output_end = map(tokenizer.encode_special, PYTHON_TOKENS)
-    return Tool(start, end, handler, output_start, output_end, max_calls=8)
+__all__ = ["ENDED", "Engine", "Session", "StreamDecoder", "Tool", "calculator", "python"]
 
 
 @dataclass
@@ -75,11 +40,44 @@ class Row:
     """One sequence being written."""
 
     column: int  # its place in what generate yields
+    ids: list[int]  # the prompt and what was emitted
     left: int  # how many more ids it may emit
-    forced: deque[int] = field(default_factory=deque)
-    tool: Tool | None = None  # the tool whose query is being sampled
-    query: list[int] = field(default_factory=list)
-    calls: Counter[int] = field(default_factory=Counter)
+    trace: list[Call]
+    forced: deque[int] = field(default_factory=deque)  # to be emitted, at no forward
+    unread: list[int] = field(
+        default_factory=list
+    )  # what the model has yet to read: sampled ids, and forced ones whole
+    tool: Tool | None = None  # whose query is being sampled
+    opened: int = 0  # where in ids that query starts
+
+    def calls(self, tool: Tool) -> int:
+        return sum(call.tool is tool for call in self.trace)
+
+
+@dataclass
+class Rows:
+    """Rows read together: the model's state of them, and the logits after what each has read, (rows, V)."""
+
+    rows: list[Row] = field(default_factory=list)
+    state: Any = None
+    logits: Any = None
+
+    def where(self, test: Callable[[Row], Any]) -> "Rows":
+        """Those of the rows that pass the test; self where all do."""
+        kept = [i for i, row in enumerate(self.rows) if test(row)]
+        if len(kept) == len(self.rows):
+            return self
+        if not kept:
+            return Rows()
+        index = torch.tensor(kept)
+        return Rows([self.rows[i] for i in kept], self.state.select(index), self.logits[index.to(self.logits.device)])
+
+    def join(self, other: "Rows") -> "Rows":
+        """These rows, then the others."""
+        if not (self.rows and other.rows):
+            return self if self.rows else other
+        state = self.state.join(other.state)
+        return Rows(self.rows + other.rows, state, torch.cat((self.logits, other.logits)))
 
 
 class Engine:
@@ -109,14 +107,15 @@ class Engine:
         seed: int = 42,
         stop: Iterable[int] = (),
         session: Session | None = None,
+        traces: list[list[Call]] | None = None,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (column, mask) once per step: row r's id and 1 if it was sampled, 0 if a tool forced it.
 
         Prompt i is sampled num_samples times, in rows i*num_samples and on. A row ends after <|assistant_end|>,
         <|bos|> or an id of `stop` (that id is yielded), after max_tokens ids, or at max_context; from then on its
         entry is ENDED with mask 0. What a row says depends on its prompt, the options and its number r, not on which
-        other rows there are, up to the rounding of batched products. Raises UserError for prompts or options that
-        cannot work.
+        other rows there are, up to the rounding of batched products. traces: a list that is given one list per row, to
+        which each call is added as it is answered. Raises UserError for prompts or options that cannot work.
         """
         prompts = self._check_prompts(ids)
         sampler = Sampler(len(prompts) * num_samples, temperature, top_k, top_p, seed)
@@ -126,7 +125,13 @@ class Engine:
             raise UserError(f"a session holds one row, not {len(prompts) * num_samples}: leave session out")
         room = [self.max_context - len(p) for p in prompts]
         limits = room if max_tokens is None else [min(max_tokens, r) for r in room]
-        rows = [Row(i * num_samples + j, limits[i]) for i in range(len(prompts)) for j in range(num_samples)]
+        rows = [
+            Row(i * num_samples + j, list(prompt), limits[i], [])
+            for i, prompt in enumerate(prompts)
+            for j in range(num_samples)
+        ]
+        if traces is not None:
+            traces[:] = [row.trace for row in rows]
         return self._run(prompts, rows, sampler, self.terminators | set(stop), session)
 
     def generate_batch(
@@ -169,25 +174,43 @@ class Engine:
     def _run(
         self, prompts: list[list[int]], rows: list[Row], sampler: Sampler, ends: Collection[int], session: Any
     ) -> Iterator[tuple[list[int], list[int]]]:
-        live = [row for row in rows if row.left > 0]
-        if not live:
+        if not rows[0].left:
             return
-        assert len(live) == len(rows), "every prompt has room for one id, and max_tokens is common to all"
+        assert all(row.left for row in rows), "every prompt has room for one id, and max_tokens is common to all"
         logits, state = self._prefill(prompts, len(rows) // len(prompts), max(r.left for r in rows), session)
-        while True:
-            picked = sampler(logits, [row.column for row in live])
+        writing, held = Rows(rows, state, logits), Rows()  # held: rows into which ids are forced
+        while writing.rows or held.rows:
+            # also with nothing to sample, for the sampler counts the steps
+            picked = sampler(writing.logits if writing.rows else logits[:0], [row.column for row in writing.rows])
             column, mask = [ENDED] * len(rows), [0] * len(rows)
-            for row, token in zip(live, picked, strict=True):
-                column[row.column], mask[row.column] = self._advance(row, token, ends)
+            for row, token in zip(writing.rows, picked, strict=True):
+                column[row.column], mask[row.column] = self._write(row, token, ends)
+            for row in held.rows:
+                column[row.column] = self._force(row, ends)
             yield column, mask
-            kept = [i for i, row in enumerate(live) if row.left > 0]
-            if not kept:
-                return
-            if len(kept) < len(live):
-                live = [live[i] for i in kept]
-                state = state.select(torch.tensor(kept))
-            fed = [[column[row.column]] for row in live]
-            logits = self._forward(fed, state, session)  # (rows alive, V)
+            writing, held = self._prepare(writing, held, session)
+
+    def _prepare(self, writing: Rows, held: Rows, session: Session | None) -> tuple[Rows, Rows]:
+        """Between two steps: answer calls, and let the model read what the rows that sample next have yet unread."""
+        writing, held = writing.where(lambda row: row.left), held.where(lambda row: row.left)
+        self._answer([row for row in writing.rows if row.tool is not None and row.ids[-1] == row.tool.end])
+        held = held.join(writing.where(lambda row: row.forced))
+        writing = writing.where(lambda row: not row.forced)
+        if any(row.unread and not row.forced for row in held.rows):  # with it all others, but those that end in between
+            unread = held.where(lambda row: row.unread and len(row.forced) < row.left)
+            held = held.where(lambda row: not row.unread or len(row.forced) >= row.left).join(
+                self._read(unread, session)
+            )
+        if writing.rows:
+            writing = self._read(writing, session)
+        return writing.join(held.where(lambda row: not row.forced)), held.where(lambda row: row.forced)
+
+    def _read(self, rows: Rows, session: Session | None) -> Rows:
+        """Feed each row what it has unread."""
+        rows.logits = self._forward([row.unread for row in rows.rows], rows.state, session)
+        for row in rows.rows:
+            row.unread = []
+        return rows
 
     def _prefill(
         self, prompts: list[list[int]], num_samples: int, max_tokens: int, session: Session | None
@@ -219,32 +242,52 @@ class Engine:
         session.ids, session.state = session.ids + ids[0], state
         return logits
 
-    def _advance(self, row: Row, sampled: int, ends: Collection[int]) -> tuple[int, int]:
-        """Emit the row's next id -> (id, mask), and follow the tools: open, collect, call."""
-        row.left -= 1
-        if row.forced:
-            token, mask = row.forced.popleft(), 0
-        else:
-            token, mask = sampled, 1
-            tool = self.tools.get(token)
-            if tool is not None and row.calls[token] < tool.max_calls:
-                row.tool, row.query = tool, []
-            elif row.tool is not None and token == row.tool.end:
-                row.calls[row.tool.start] += 1
-                row.forced.extend(self._call(row.tool, row.query))
-                row.tool = None
-            elif row.tool is not None:
-                row.query.append(token)
-        if token in ends:
-            row.left = 0
-        return token, mask
+    def _write(self, row: Row, token: int, ends: Collection[int]) -> tuple[int, int]:
+        """Emit a sampled id -> (id, mask): the end of a query that grew too long takes its place, at mask 0."""
+        mask, tool = 1, row.tool
+        full = tool is not None and tool.max_query is not None and len(row.ids) - row.opened >= tool.max_query
+        if tool is not None and full and token != tool.end and token not in ends:
+            token, mask = tool.end, 0
+        tool = self.tools.get(token)
+        if tool is not None and (tool.over is not None or row.calls(tool) < tool.max_calls):
+            row.tool, row.opened = tool, len(row.ids) + 1
+        row.unread.append(token)
+        return self._emit(row, token, ends), mask
 
-    def _call(self, tool: Tool, query: list[int]) -> list[int]:
-        """The ids a finished query forces into its row; none if the handler has no answer."""
-        output = tool.handler(self.tokenizer.decode(query, errors="replace"))
+    def _force(self, row: Row, ends: Collection[int]) -> int:
+        """Emit the next of the ids a tool put into the row."""
+        return self._emit(row, row.forced.popleft(), ends)
+
+    def _emit(self, row: Row, token: int, ends: Collection[int]) -> int:
+        row.ids.append(token)
+        row.left = 0 if token in ends else row.left - 1
+        return token
+
+    def _answer(self, rows: list[Row]) -> None:
+        """Answer the calls these rows have closed, all of one tool together."""
+        for tool in self.tools.values():
+            asking = [row for row in rows if row.tool is tool]
+            queries = [self.tokenizer.decode(row.ids[row.opened : -1], errors="replace") for row in asking]
+            within = [row.calls(tool) < tool.max_calls for row in asking]
+            results = iter(tool.answer([query for query, ask in zip(queries, within, strict=True) if ask]))
+            for row, query, ask in zip(asking, queries, within, strict=True):
+                output = shown = next(results) if ask else None
+                if not ask:
+                    output = tool.over
+                elif tool.render is not None:
+                    output, shown = tool.render(output, row.ids)
+                ids = self._wrap(tool, output)
+                row.trace.append(Call(tool, query, shown, len(row.ids), ids))
+                row.forced.extend(ids)
+                row.unread.extend(ids)
+                row.tool = None
+
+    def _wrap(self, tool: Tool, output: str | list[int] | None) -> list[int]:
+        """The ids an output forces into its row; none where there is no output."""
         if output is None:
             return []
-        return [tool.output_start, *self.tokenizer.encode(output)[: tool.budget], tool.output_end]
+        ids = self.tokenizer.encode(output)[: tool.budget] if isinstance(output, str) else output
+        return [tool.output_start, *ids, tool.output_end]
 
 
 class StreamDecoder:

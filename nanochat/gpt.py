@@ -40,6 +40,11 @@ class ModelState:
         layers = [s.repeat(n, self.pos) for s in self.layers]
         return ModelState(layers, self.pos.repeat_interleave(n), self.max_len)
 
+    def join(self, other: "ModelState") -> "ModelState":
+        """The rows of this state, then those of `other`; both were selected from one."""
+        layers = [a.join(b) for a, b in zip(self.layers, other.layers, strict=True)]
+        return ModelState(layers, torch.cat((self.pos, other.pos)), self.max_len)
+
     def bytes(self) -> int:
         """Memory of all rows together."""
         return sum(s.bytes() for s in self.layers)
@@ -154,8 +159,10 @@ class GPT(nn.Module):
         T = ids.size(1)
         pos = None if state is None else state.pos
         longest = T if pos is None else int(pos.max()) + T
-        if state is not None and longest > state.max_len:
-            raise UserError(f"{longest} tokens do not fit a state made for {state.max_len}: ask init_state for more")
+        if state is not None and longest > state.max_len:  # pads may stand beyond the end
+            full = longest if lengths is None else int((state.pos + lengths.cpu()).max())
+            if full > state.max_len:
+                raise UserError(f"{full} tokens do not fit a state made for {state.max_len}: ask init_state for more")
         cos, sin = self.rotary.tables(longest, ids)
         if pos is None:
             cos, sin = cos[None, :T, None], sin[None, :T, None]  # (1, T, 1, K/2)

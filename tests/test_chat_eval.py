@@ -54,6 +54,9 @@ class Prefixes:
     def repeat(self, n: int) -> "Prefixes":
         return Prefixes([list(r) for r in self.rows for _ in range(n)])
 
+    def join(self, other: "Prefixes") -> "Prefixes":
+        return Prefixes(self.rows + other.rows)
+
 
 class Parrot:
     """Goes on from each prompt as its conversation does, to the bit; `says` may put another text in place of it."""

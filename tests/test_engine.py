@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nanochat.blocks import BLOCKS
+from nanochat.blocks import BLOCKS, BlockState
 from nanochat.config import UserError
 from nanochat.engine import ENDED, Engine, Session, StreamDecoder, Tool, python
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, GPTConfig, ModelState
+from nanochat.tools import each
 
 # A small vocabulary: bytes, then the special tokens the engine asks for.
 SPECIALS = ["<|bos|>", "<|assistant_end|>", "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"]
@@ -34,21 +35,17 @@ class ByteTokenizer:
 BOS, ASSISTANT_END, PYTHON_START, PYTHON_END, OUTPUT_START, OUTPUT_END = range(256, 262)
 
 
-class PrefixState:
+class PrefixState(BlockState):
     """What each row has read so far: the simplest state there can be."""
 
-    def __init__(self, rows: list[list[int]], max_len: int):
-        self.rows, self.max_len = rows, max_len
-
-    @property
-    def pos(self) -> Tensor:
-        return torch.tensor([len(r) for r in self.rows])
+    def __init__(self, rows: list[list[int]]):
+        self.rows = rows
 
     def select(self, rows: Tensor) -> "PrefixState":
-        return PrefixState([list(self.rows[i]) for i in rows.tolist()], self.max_len)
+        return PrefixState([list(self.rows[i]) for i in rows.tolist()])
 
-    def repeat(self, n: int) -> "PrefixState":
-        return PrefixState([list(r) for r in self.rows for _ in range(n)], self.max_len)
+    def join(self, other: "PrefixState") -> "PrefixState":
+        return PrefixState(self.rows + other.rows)
 
 
 class PrefixModel:
@@ -60,16 +57,18 @@ class PrefixModel:
         self.next_logits, self.calls = next_logits, []
         self.config = type("Config", (), {"vocab_size": vocab_size, "seq_len": seq_len})
 
-    def init_state(self, B: int, max_len: int) -> PrefixState:
-        return PrefixState([[] for _ in range(B)], max_len)
+    def init_state(self, B: int, max_len: int) -> ModelState:
+        return ModelState([PrefixState([[] for _ in range(B)])], torch.zeros(B, dtype=torch.long), max_len)
 
     def __call__(self, ids, state, lengths=None, last_only=False):
-        assert last_only and len(state.rows) == len(ids)
+        rows = state.layers[0].rows
+        assert last_only and len(rows) == len(state.pos) == len(ids)
         self.calls.append(tuple(ids.shape))
         for r, row in enumerate(ids.tolist()):
-            state.rows[r] += row if lengths is None else row[: lengths[r]]
-            assert len(state.rows[r]) <= state.max_len, "state too short"
-        return torch.stack([self.next_logits(row) for row in state.rows])[:, None]
+            rows[r] += row if lengths is None else row[: lengths[r]]
+            assert len(rows[r]) <= state.max_len, "state too short"
+        state.pos = torch.tensor([len(row) for row in rows])
+        return torch.stack([self.next_logits(row) for row in rows])[:, None]
 
 
 def noisy(prefix: list[int], vocab_size: int = ByteTokenizer.vocab_size) -> Tensor:
@@ -261,8 +260,8 @@ def test_calculator_output_is_forced_into_the_row():
 
 def test_the_python_tool_runs_code_in_the_sandbox_and_says_why_it_failed():
     tool = python(ByteTokenizer())
-    assert tool.handler("print(sum(range(10)))") == "45"
-    assert tool.handler("1 / 0") == "error: ZeroDivisionError: division by zero"
+    told = ["45", "error: ZeroDivisionError: division by zero"]
+    assert tool.answer(["print(sum(range(10)))", "1 / 0"]) == told
 
 
 def test_tool_without_an_answer_forces_nothing():
@@ -285,7 +284,7 @@ def test_tools_of_one_row_do_not_touch_the_others():
 
 def test_budget_cuts_the_output_and_max_calls_ends_the_calling():
     def tool(**limits):
-        return Tool(PYTHON_START, PYTHON_END, lambda query: query * 50, OUTPUT_START, OUTPUT_END, **limits)
+        return Tool(PYTHON_START, PYTHON_END, each(lambda query: query * 50), OUTPUT_START, OUTPUT_END, **limits)
 
     engine = Engine(PrefixModel(says(script_of("{ab}" + "_" * 50), 1)), ByteTokenizer(), [tool(budget=5)])
     assert engine.generate_batch([BOS], max_tokens=12)[0][0][1:] == script_of("{ab}[ababa]_")
@@ -294,14 +293,14 @@ def test_budget_cuts_the_output_and_max_calls_ends_the_calling():
 
 
 def test_tool_output_cannot_spell_a_special_token_nor_overrun_the_context():
-    spell = Tool(PYTHON_START, PYTHON_END, lambda query: "<|assistant_end|>" * 9, OUTPUT_START, OUTPUT_END)
+    spell = Tool(PYTHON_START, PYTHON_END, each(lambda query: "<|assistant_end|>" * 9), OUTPUT_START, OUTPUT_END)
     engine = Engine(PrefixModel(says(script_of("{a}" + "_" * 90), 1)), ByteTokenizer(), [spell])
     rows, masks = engine.generate_batch([BOS])
     assert len(rows[0]) == 64 and rows[0][5:22] == list(b"<|assistant_end|>") and sum(masks[0]) == 3
 
 
 def test_handler_that_fails_is_not_hushed_up():
-    def handler(query):
+    def handler(queries):
         raise ZeroDivisionError("from the handler")
 
     tool = Tool(PYTHON_START, PYTHON_END, handler, OUTPUT_START, OUTPUT_END)

@@ -48,11 +48,10 @@ class AttentionState(BlockState):
         k, v = (self.k.new_zeros(n, G, capacity - used, K) for _ in range(2))
         return AttentionState(k, v, self.windowed, (self.k[:, :, :used].clone(), self.v[:, :, :used].clone()))
 
-    def unshare(self) -> None:
-        """Give every row its own copy of the prefix."""
-        if self.prefix is not None:
-            k, v = (t.expand(self.k.size(0), -1, -1, -1) for t in self.prefix)
-            self.k, self.v, self.prefix = torch.cat((k, self.k), 2), torch.cat((v, self.v), 2), None
+    def join(self, other: "AttentionState") -> "AttentionState":
+        assert self.prefix is other.prefix, "rows of two prompts"
+        k, v = torch.cat((self.k, other.k)), torch.cat((self.v, other.v))
+        return AttentionState(k, v, self.windowed, self.prefix)
 
     def bytes(self) -> int:
         return sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
@@ -73,42 +72,48 @@ class AttentionState(BlockState):
             return self.k[:, :, :used], self.v[:, :, :used], None
         rows, slots = torch.arange(k.size(0)), pos % self.capacity
         self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
-        mask = ctx.memo.get(("append", self.capacity))
+        key = "append", self.capacity, self.shared
+        mask = ctx.memo.get(key)
         if mask is None:
-            mask = ctx.memo["append", self.capacity] = (self.slot_positions(pos + 1, used) >= 0)[:, None, None].to(
-                k.device
-            )  # (B, 1, 1, S)
+            seen = self.slot_positions(pos + 1, used) >= 0
+            mask = ctx.memo[key] = seen[:, None, None].to(k.device)  # (B, 1, 1, S)
         return self.k[:, :, :used], self.v[:, :, :used], mask
 
     def extend(self, k: Tensor, v: Tensor, ctx: Context, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store T tokens per row, k, v: (B, G, T, K) -> what they attend to, (B, G, S + T, K), and its mask.
 
         A ring may drop what the first of the new tokens still sees, so the answer is the old content, then the new.
+        The prefix comes before both.
         """
         assert ctx.pos is not None
-        self.unshare()
-        used = min(int(ctx.pos.max()), self.capacity)
-        keys, values = torch.cat((self.k[:, :, :used], k), 2), torch.cat((self.v[:, :, :used], v), 2)
-        mask = ctx.memo.get(("extend", window, self.capacity))
+        pos, new = ctx.pos - self.shared, ctx.q_pos - self.shared  # places in what each row keeps
+        used = min(int(pos.max()), self.capacity)
+        before = () if self.prefix is None else tuple(t.expand(k.size(0), -1, -1, -1) for t in self.prefix)
+        keys = torch.cat((*before[:1], self.k[:, :, :used], k), 2)
+        values = torch.cat((*before[1:], self.v[:, :, :used], v), 2)
+        key = "extend", window, self.capacity, self.shared
+        mask = ctx.memo.get(key)
         if mask is None:
-            old = self.slot_positions(ctx.pos, used).to(k.device)
-            mask = attention_mask(ctx.q_pos, torch.cat((old, ctx.q_pos), 1), window, None, None)
-            ctx.memo["extend", window, self.capacity] = mask
+            old = self.slot_positions(pos, used).to(k.device)
+            mask = attention_mask(new, torch.cat((old, new), 1), window, None, None)
+            mask = ctx.memo[key] = F.pad(mask, (self.shared, 0), value=True)
         self.write(k, v, ctx)
         return keys, values, mask
 
     def write(self, k: Tensor, v: Tensor, ctx: Context) -> None:
         """Store the valid ones of T tokens per row; pads never enter."""
         assert ctx.pos is not None
-        T, p, k, v = k.size(2), ctx.uniform_pos, k.to(self.k.dtype), v.to(self.v.dtype)
-        if ctx.lengths is None and p is not None and p + T <= self.capacity:
-            self.k[:, :, p : p + T], self.v[:, :, p : p + T] = k, v
-            return
+        T, k, v = k.size(2), k.to(self.k.dtype), v.to(self.v.dtype)
+        if ctx.lengths is None and ctx.uniform_pos is not None:
+            p = ctx.uniform_pos - self.shared
+            if p + T <= self.capacity:
+                self.k[:, :, p : p + T], self.v[:, :, p : p + T] = k, v
+                return
         lengths = torch.full_like(ctx.pos, T) if ctx.lengths is None else ctx.lengths
         t = torch.arange(T)
         valid = (t < lengths[:, None]) & (t >= lengths[:, None] - self.capacity)  # (B, T)
         rows, cols = valid.nonzero(as_tuple=True)
-        slots = (ctx.pos[rows] + cols) % self.capacity
+        slots = (ctx.pos[rows] - self.shared + cols) % self.capacity
         self.k[rows, :, slots], self.v[rows, :, slots] = k[rows, :, cols], v[rows, :, cols]
 
 
@@ -158,10 +163,10 @@ class Attention(nn.Module):
         dtype, q, k, v = q.dtype, *(t.to(state.k.dtype) for t in (q, k, v))
         if q.size(2) == 1 and ctx.lengths is None:
             k, v, mask = state.append(k, v, ctx)
+            if state.prefix is not None:
+                return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)
         else:
             k, v, mask = state.extend(k, v, ctx, self.window)
-        if state.prefix is not None:
-            return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
         return y.to(dtype)
 

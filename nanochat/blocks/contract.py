@@ -119,6 +119,10 @@ class BlockState:
         """Row i becomes rows i*n .. i*n + n-1; pos (B,): tokens each row has seen."""
         return self.select(torch.arange(len(pos)).repeat_interleave(n))
 
+    def join(self, other: Any) -> "BlockState":
+        """The rows of this state, then those of `other`, a state of the same block; both were selected from one."""
+        return self
+
     def bytes(self) -> int:
         """Memory held, all rows together."""
         return 0
@@ -140,6 +144,9 @@ class RecurrentState(BlockState):
 
     def select(self, rows: Tensor) -> "RecurrentState":
         return RecurrentState(**{k: t.index_select(0, rows.to(t.device)) for k, t in self.tensors.items()})
+
+    def join(self, other: "RecurrentState") -> "RecurrentState":
+        return RecurrentState(**{k: torch.cat((t, other[k])) for k, t in self.tensors.items()})
 
     def bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
