@@ -1,9 +1,10 @@
-"""What Python is too slow for: byte-level BPE, and the selective scan on a CPU.
+"""What Python is too slow for: byte-level BPE, BM25, and the selective scan on a CPU.
 
 Any number of threads gives the same result.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Literal, final
 
 import numpy as np
@@ -48,6 +49,51 @@ class Encoder:
 
         ids: uint16 if every id of the vocabulary is below 65536, else uint32; flat. offsets: int64, len(texts) + 1.
         """
+
+def terms(texts: list[str], stem: bool, stop_words: bool) -> list[list[str]]:
+    """Search terms: lower-cased runs of at least two alphanumeric characters (Unicode) and underscores.
+
+    stop_words: without Lucene's 33 English ones. stem: by Snowball's English stemmer.
+    ValueError: a text with a lone surrogate.
+    """
+
+def bm25_build(
+    texts: Iterable[str], path: str | PathLike[str], stem: bool, stop_words: bool, threads: int = 1
+) -> tuple[int, int, int, int]:
+    """Write a BM25 index -> (texts, different terms, length of all texts in terms, pairs of text and term).
+
+    The file is written under another name, flushed and renamed; where something fails nothing is left.
+    OSError: the disk; ValueError: a text with a lone surrogate.
+    """
+
+@final
+class Bm25:
+    """BM25 indexes (segments) opened as one, memory-mapped. Texts are numbered through them."""
+
+    def __new__(
+        cls,
+        paths: Sequence[str | PathLike[str]],
+        variant: Literal["lucene", "robertson", "atire", "okapi"] = "lucene",
+        k1: float = 1.5,
+        b: float = 0.75,
+    ) -> Bm25:
+        """ValueError: a file that is missing, damaged or cut short (it is named); k1 < 0, b outside 0 to 1."""
+
+    def __len__(self) -> int: ...
+    @property
+    def rules(self) -> tuple[bool, bool] | None:
+        """(stem, stop_words) as it was built; None without segments."""
+
+    def search(
+        self, queries: list[str], k: int, allowed: npt.NDArray[np.bool_] | None = None, threads: int = 1
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """The best texts and their scores, (M, min(k, len(self))), best first, of equal ones the smaller number first.
+
+        Only scores above 0; what is left of a row is -1 and -inf. allowed: (len(self),), False = passed over.
+        """
+
+    def scores(self, query: str) -> npt.NDArray[np.float32]:
+        """(len(self),): the score of every text, without the shortcuts of `search`; the same to the last bit."""
 
 Floats = npt.NDArray[np.float32]
 Simd = Literal["avx512", "avx2", "baseline"]

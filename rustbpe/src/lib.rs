@@ -1,9 +1,13 @@
-//! Byte-level BPE for Python: `train` learns the merges, `Encoder` applies them.
+//! Byte-level BPE for Python: `train` learns the merges, `Encoder` applies them. Beside it the selective scan on a CPU
+//! and BM25.
 //!
 //! The modules below are plain Rust. This file is the Python skin: it converts, lets go of the interpreter while the
 //! core works, and turns an [`Error`] into a `ValueError`. Signatures and their meaning are in `rustbpe.pyi`.
 #![deny(unsafe_code)] // except where a line below allows it
 
+pub mod bm25;
+#[cfg(feature = "python")]
+mod bm25_skin;
 pub mod count;
 pub mod encode;
 pub mod lanes;
@@ -12,7 +16,9 @@ pub mod scan;
 #[cfg(feature = "python")]
 mod scan_skin;
 pub mod split;
+pub mod stem;
 pub mod table;
+pub mod terms;
 pub mod train;
 pub mod unicode;
 
@@ -47,13 +53,16 @@ mod python {
     use crate::train::Tie;
 
     #[pymodule_export]
+    use crate::bm25_skin::{Bm25, bm25_build, terms};
+
+    #[pymodule_export]
     use crate::scan_skin::{selective_scan_backward, selective_scan_forward, selective_state_update, simd_level};
 
     #[pymodule_export]
     const DEFAULT_PATTERN: &str = crate::split::DEFAULT_PATTERN;
 
     /// Bytes of text that are taken from Python at a time, a thread.
-    const GROUP: usize = 1 << 22;
+    pub(crate) const GROUP: usize = 1 << 22;
 
     impl From<crate::Error> for PyErr {
         fn from(error: crate::Error) -> PyErr {
@@ -63,13 +72,13 @@ mod python {
 
     /// UTF-8 of a `str`, usable while other threads run Python. ASCII is borrowed; the rest is encoded to `bytes` and
     /// dropped after use, because asking a `str` for its UTF-8 would keep a second copy in it as long as it lives.
-    enum Text {
+    pub(crate) enum Text {
         Ascii(PyBackedStr),
         Utf8(PyBackedBytes),
     }
 
     impl Text {
-        fn new(object: &Bound<'_, PyAny>) -> PyResult<Text> {
+        pub(crate) fn new(object: &Bound<'_, PyAny>) -> PyResult<Text> {
             let py = object.py();
             let Ok(text) = object.cast::<PyString>() else {
                 return Err(PyTypeError::new_err(format!("a text must be str, not {}", object.get_type().name()?)));
@@ -87,7 +96,7 @@ mod python {
         }
 
         /// The next texts, of more than `bytes` bytes together unless they are the last; None after them.
-        fn group(texts: &mut Bound<'_, PyIterator>, bytes: usize) -> PyResult<Option<Vec<Text>>> {
+        pub(crate) fn group(texts: &mut Bound<'_, PyIterator>, bytes: usize) -> PyResult<Option<Vec<Text>>> {
             let (mut group, mut size) = (Vec::new(), 0);
             while size <= bytes
                 && let Some(text) = texts.next()
@@ -99,7 +108,7 @@ mod python {
             Ok((!group.is_empty()).then_some(group))
         }
 
-        fn as_str(&self) -> &str {
+        pub(crate) fn as_str(&self) -> &str {
             match self {
                 Text::Ascii(text) => text,
                 // SAFETY: Python's own UTF-8 encoder made these bytes from a `str`, and a `bytes` object does not change.
