@@ -38,7 +38,7 @@ STAGE_KEYS = frozenset(
     task examples_per_step resample sample_batch_size truncated normalize_std kl_coef correct_weight guard eval_examples
     max_problems num_samples temperature max_new_tokens batch_size show
     identity warm_start
-    absent_share retrieved_share variants chat_share eval_questions
+    absent_share retrieved_share variants follow_ups chat_share eval_questions
     mode out_tag max_searches cold_start algorithm updates_per_rollout reward search_cost curriculum advance_at
     rl_lr_frac rl_grad_clip
     """.split()  # noqa: SIM905

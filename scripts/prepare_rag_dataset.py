@@ -58,7 +58,9 @@ class PrepareConfig:
     max_bad: Annotated[float, "share of bad rows from which on to stop; up to 10 always pass, unless it is 0"] = 0.01
     world_size: Annotated[str | None, f"training world: {', '.join(SIZES)}; none = small (example: nano)"] = None
     questions: Annotated[int | None, "training questions about the world; none = two for each entity"] = None
-    kinds: Annotated[list, "of these questions (tasks/world.py), as 1hop,2hop"] = field(default_factory=lambda: KINDS)
+    kinds: Annotated[list, "of these questions (tasks/world.py), as 1hop,1hop,missing"] = field(
+        default_factory=lambda: KINDS
+    )
     max_facts: Annotated[int | None, "facts in a document of the world at most; none = one article an entity"] = None
     seed: Annotated[int, "of the world"] = 0
 

@@ -51,6 +51,7 @@ class RagFinetuneConfig(FinetuneConfig):
     absent_share: Annotated[float, "of answerable questions: those whose gold documents are left out"] = 0.2
     retrieved_share: Annotated[float, "of answerable questions: those shown what was retrieved, as it is"] = 0.2
     variants: Annotated[int, "times an epoch asks each question, with other documents"] = 4
+    follow_ups: Annotated[int, "further questions about the documents of a conversation, at most"] = 6
     tasks: Annotated[list | None, "--chat_tasks: the plain conversations (tasks/mixtures.py); none = embedded"] = None
     chat_share: Annotated[float, "of all conversations: plain ones"] = 0.15
     eval_questions: Annotated[int, "questions answered at each validation; 0 = none"] = 128
@@ -62,6 +63,8 @@ class RagFinetuneConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.follow_ups < 0:
+            raise ValueError(f"follow_ups={self.follow_ups}: expected 0 or more")
         if not 0 <= self.chat_share < 1:
             raise ValueError(f"chat_share={self.chat_share}: expected 0 or more and less than 1")
         assert self.shares
@@ -84,13 +87,14 @@ class Data:
 
 
 def load_data(cfg: RagFinetuneConfig, start: Start, kb: KnowledgeBase, rows: dict[str, list[Row]]) -> Data:
-    def task(split: str, rows: Sequence[Row], shares: Shares, variants: int = 1) -> RAG:
+    def task(split: str, rows: Sequence[Row], shares: Shares, variants: int = 1, follow_ups: int = 0) -> RAG:
         return RAG(
-            rows, kb, split, cfg.top_k, cfg.retriever_type, shares, cfg.seed, variants=variants,
+            rows, kb, split, cfg.top_k, cfg.retriever_type, shares, cfg.seed, variants=variants, follow_ups=follow_ups,
             tokenizer=start.tokenizer, max_doc_length=cfg.max_doc_length, max_tokens=start.T + 1,
         )  # fmt: skip
 
-    train, val = task("train", rows["train"], cfg.shares, cfg.variants), task("val", rows["val"], cfg.shares)
+    train = task("train", rows["train"], cfg.shares, cfg.variants, cfg.follow_ups)
+    val = task("val", rows["val"], cfg.shares)
     names = cfg.names(MIXTURES, DEFAULT)
     n = cfg.eval_questions // 2
     answerable = [row for row in rows["val"] if row["answerable"]][:n]

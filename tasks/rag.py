@@ -9,6 +9,10 @@ half retrieved for the question and half for others, and none of them states an 
 with what was retrieved. After RAFT (2403.10131), whose share of questions without gold is 0.2 too; gold positions are
 uniform because models prefer the first and the last document (2307.03172).
 
+With follow_ups, more questions about the documents shown are asked in the same conversation, at random from the rows
+whose gold documents these are, and from the unanswerable rows whose search found one of them first: a document read
+once then teaches several answers.
+
 A row that brings documents along has them in place of those with the same id: a counterfactual's altered one is its
 gold. With "stale_answers" (two documents that disagree) all of them are always shown.
 
@@ -33,6 +37,7 @@ from tasks.common import Kind, Task, check_split
 from tasks.data import numbered_lines
 
 SEARCHED = 1024  # questions of one search
+UNANSWERABLE = 0.25  # of the unanswerable rows that could be further questions: those that may be
 DRAWS = 50  # of a random distractor, before there is one less
 SEGMENTS = re.compile(r"<\|(search|info|python|output)_start\|>.*?(<\|\1_end\|>|\Z)", re.DOTALL)
 CITATION = re.compile(r"<\|cite_start\|>.*?(<\|cite_end\|>|\Z)", re.DOTALL)
@@ -134,7 +139,7 @@ class RAG(Task):
 
     Each row is asked `variants` times, with other documents. tokenizer: documents are shortened to max_doc_length ids,
     and as many distractors left out as it takes to keep prompt and answer within max_tokens. retriever: None is the
-    knowledge base's own.
+    knowledge base's own. follow_ups: further questions of a conversation, at most, as many as max_tokens has room for.
     """
 
     name = "RAG"
@@ -154,6 +159,7 @@ class RAG(Task):
         tokenizer: Any = None,
         max_doc_length: int = MAX_DOC_LENGTH,
         max_tokens: int | None = None,
+        follow_ups: int = 0,
         **span: Any,
     ):
         super().__init__(**span)
@@ -167,6 +173,20 @@ class RAG(Task):
         self.found = self._search(retriever)
         self.pool = list(self.passages.values())
         self.short: dict[Passage, tuple[Passage, int]] = {}
+        self.follow_ups = follow_ups
+        self.about = self._rows_by_document() if follow_ups else {}
+
+    def _rows_by_document(self) -> dict[str, list[int]]:
+        """Document id -> the rows that can be asked about it without documents of their own."""
+        about: dict[str, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            if not row.get("documents"):
+                ids = (
+                    [id for hop in hops(row) for id in hop] if row["answerable"] else [p.id for p in self.found[i][:1]]
+                )
+                for id in ids:
+                    about.setdefault(id, []).append(i)
+        return about
 
     def _search(self, retriever: str | None) -> list[list[Passage]]:
         """What was found for each row; more than are shown, because some of it states the answer."""
@@ -207,7 +227,7 @@ class RAG(Task):
         else:
             case = "gold" if "stale_answers" in row else self._case(dice)
             documents, evidence = self._documents(dice, row, found, own, case)
-        return self._conversation(row, case, documents, evidence)
+        return self._conversation(dice, row, case, documents, evidence, own)
 
     def _case(self, dice: Dice) -> str:
         at = dice.random()
@@ -281,7 +301,15 @@ class RAG(Task):
             self.short[passage] = Passage(passage.id, passage.start, document["title"], document["text"]), size
         return self.short[passage]
 
-    def _conversation(self, row: Row, case: str, documents: list[Passage], evidence: list[Passage]) -> dict[str, Any]:
+    def _conversation(
+        self,
+        dice: Dice,
+        row: Row,
+        case: str,
+        documents: list[Passage],
+        evidence: list[Passage],
+        own: dict[str, Passage],
+    ) -> dict[str, Any]:
         said = self._said(row, evidence)
         documents = self._fitting(row["question"], said, documents, evidence)
         gold = [documents.index(p) + 1 for p in evidence]
@@ -290,6 +318,8 @@ class RAG(Task):
             "messages"
         ]
         messages.append({"role": "assistant", "content": answer_parts(said, gold, abstain=not gold)})
+        if self.follow_ups:
+            messages += self._further(dice, row, messages, [p for p in documents if p.id not in own], documents)
         return {
             "messages": messages,
             "answers": row["answers"],
@@ -298,6 +328,35 @@ class RAG(Task):
             "kind": row.get("kind", ""),
             "case": case,
         }
+
+    def _further(
+        self, dice: Dice, row: Row, messages: list[dict[str, Any]], known: list[Passage], documents: list[Passage]
+    ) -> list[dict[str, Any]]:
+        """More questions about the `known` ones of the documents shown, each with its answer."""
+        further: list[dict[str, Any]] = []
+        rows = {i for passage in known for i in self.about.get(passage.id, []) if self.rows[i] is not row}
+        room = self.max_tokens - self._size(messages) if self.tokenizer and self.max_tokens else None
+        rows = {i for i in sorted(rows) if self.rows[i]["answerable"] or dice.chance(UNANSWERABLE)}
+        for other in (self.rows[i] for i in dice.shuffled(sorted(rows))[: self.follow_ups]):
+            reached = (
+                [next((p for p in known if p.id in ids), None) for ids in hops(other)] if other["answerable"] else []
+            )
+            if None in reached:
+                continue
+            evidence = list(dict.fromkeys(p for p in reached if p is not None))
+            gold = [documents.index(p) + 1 for p in evidence] if self._shown(evidence, other["answers"]) else []
+            content = answer_parts(self._said(other, evidence), gold, abstain=not gold)
+            turn = [{"role": "user", "content": other["question"]}, {"role": "assistant", "content": content}]
+            if room is not None:
+                room -= self._size(turn)
+                if room < 0:
+                    break
+            further += turn
+        return further
+
+    def _size(self, messages: list[dict[str, Any]]) -> int:
+        """Ids of a conversation."""
+        return len(self.tokenizer.render_conversation({"messages": messages})[0])
 
     def _said(self, row: Row, evidence: list[Passage]) -> str:
         """The answer as the documents shown write it, those of the last step first."""

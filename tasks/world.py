@@ -61,7 +61,9 @@ def world_documents(
 def world_rows(
     world: World, n: int, kinds: Sequence[str] = ("1hop", "2hop"), seed: int = 0, max_facts: int | None = None
 ) -> list[Row]:
-    """n rows, equally many of each kind, in mixed order; answers of every type equally often while there are any.
+    """n rows, equally many of each kind (of one named twice, twice as many), in mixed order.
+
+    Answers of every type come equally often while there are any.
 
     No answer is right for more than one row in 25 of its kind, and one more. UserError: unknown kind, or a world too
     small for n.
@@ -70,9 +72,10 @@ def world_rows(
     if unknown or not kinds or n < 1:
         raise UserError(f"n={n}, kinds={','.join(kinds)}: expected n >= 1 and kinds of {', '.join(KINDS)}")
     asker = Asker(world, max_facts)
-    rows: list[Row] = []
+    counts: Counter[str] = Counter()
     for i, kind in enumerate(kinds):
-        rows += _balanced(asker, kind, n // len(kinds) + (i < n % len(kinds)), seed)
+        counts[kind] += n // len(kinds) + (i < n % len(kinds))
+    rows = [row for kind, count in counts.items() for row in _balanced(asker, kind, count, seed)]
     return Dice("order", seed).shuffled(rows)
 
 

@@ -12,9 +12,11 @@ from nanochat.common import REPO_DIR
 from nanochat.config import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.rag import Answer, answer, answer_parts
+from nanochat.retrieval import Chunk, Document, Hit, KnowledgeBase
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_cli
-from scripts.chat_cli import ChatConfig, Conversation
+from scripts.chat_cli import ABSTENTION, ChatConfig, Conversation, Sourced, said, sources
 
 TEXTS = ["the river runs to the sea and the sea runs to the sky. ça va, 日本語, naïve café 🙂 " * 30]
 
@@ -143,6 +145,121 @@ def test_missing_stage_names_those_that_exist(home, base, monkeypatch):
 def test_empty_chat_prompt_is_refused(home):
     with pytest.raises(UserError, match="--prompt is empty"):
         chat_cli.main(["-p", " "])
+
+
+# ---- with a knowledge base ----
+
+NAMES = ("Aller", "Brenta", "Cam", "Drava", "Ebro")
+RIVERS = [Document(name, f"The {name} runs to the sea. " * 5, f"River {name}") for name in NAMES]
+
+
+@pytest.fixture(scope="module")
+def notes(tmp_path_factory):
+    """A folder as prepare_rag_dataset makes it."""
+    path = tmp_path_factory.mktemp("notes")
+    KnowledgeBase.build(RIVERS, path / "knowledge_base", retriever="bm25").close()
+    return path
+
+
+def rivers(home, **options) -> Sourced:
+    """A chat of the sft model with room for documents."""
+    engine = Engine(engine_of(home).model, Tokenizer.load(), max_context=640)
+    return Sourced(engine, ChatConfig(source="sft", **options))
+
+
+def writing(talk: Sourced, *answers: list[dict] | list[int]) -> list[str]:
+    """Makes the engine write these in turn -> the prompts it will have been given."""
+    prompts, queue, tokenizer = [], list(answers), talk.engine.tokenizer
+
+    def generate_batch(ids, traces, **_):
+        traces.append([])
+        prompts.extend(tokenizer.decode(row) for row in ids)
+        exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": queue.pop(0)}]
+        row, mask = tokenizer.render_conversation({"messages": exchange})
+        written = [i for i, trained in zip(row, mask, strict=True) if trained][:-1]
+        return [ids[0] + written], [[0] * len(ids[0]) + [1] * len(written)]
+
+    talk.engine.generate_batch = generate_batch
+    return prompts
+
+
+def test_an_answer_from_documents_is_that_of_nanochat_rag(home, notes):
+    talk = rivers(home, knowledge_base=str(notes), top_k=2, max_tokens=12, max_doc_length=60)
+    text, listed = talk.say("River Drava")
+    tokenizer = Tokenizer.load()
+    talk.engine.model.config = dataclasses.replace(talk.engine.model.config, seq_len=640)
+    expected = answer(talk.engine.model, tokenizer, talk.kb, "River Drava", 2, None, 60, 12)
+    assert text == said(expected) and listed == sources(expected) and len(expected.hits) == 2
+    assert "[1] River Drava: The Drava runs to the sea. The Drava" in listed and listed.endswith(" ...")
+
+
+def test_a_question_on_the_command_line_prints_answer_and_sources(home, notes, capsys):
+    short = ["--knowledge_base", str(notes), "--max_tokens=4", "--top_k=1", "--max_doc_length=16"]
+    out, err = run(capsys, "-i", "sft", "-p", "River Drava", *short)
+    assert out.splitlines()[-2] == "" and "[1] River Drava: The Drava runs" in out
+    assert "5 documents in" in err
+    assert (
+        out
+        == run(capsys, "-i", "sft", "-p", "River Drava", "--knowledge_base", str(notes / "knowledge_base"), *short[2:])[
+            0
+        ]
+    )
+
+
+def test_citations_and_abstentions_are_told_in_words():
+    def hit(title, text):
+        return Hit(Document("d", text, title), Chunk(0, len(text), text), 1.0, 1, "test")
+
+    hits = [hit("Ada\x1b[2J", "wrote\n\na program " * 40), hit("", "short")]
+    reply = Answer("a \x1b[2Jprogram", (2, 2, 7), hits, False)
+    assert said(reply) == "a [2Jprogram [2][7: no such document]"
+    first, second = sources(reply).split("\n")[2:]
+    assert first.startswith("  [1] Ada [2J: wrote a program wrote") and "\x1b" not in first and len(first) < 120
+    assert second == "* [2] short"
+    assert said(Answer("", (), hits, True)) == ABSTENTION
+    assert said(Answer("", (1,), hits, False)) == "(an empty answer) [1]"
+    assert sources(Answer("x", (), [], False)).strip() == "no document was found"
+
+
+def test_answered_turns_are_shown_again_without_their_documents(home, notes):
+    talk = rivers(home, knowledge_base=str(notes), top_k=1, max_tokens=16, max_doc_length=40)
+    prompts = writing(talk, answer_parts("the sea", [1]), [{"type": "abstain"}], answer_parts("sky"), answer_parts("a"))
+    answers = ["".join(talk.say(text)) for text in ("River Drava", "River Ebro", "River Brenta")]
+    assert [a.split("\n")[0] for a in answers] == ["the sea [1]", ABSTENTION, "sky"]
+    assert "* [1] River Drava" in answers[0] and "  [1] River Brenta" in answers[2]
+    turn = "<|user_start|>River Drava<|user_end|><|assistant_start|>the sea<|assistant_end|>"
+    earlier = f"<|bos|>{turn}<|user_start|>River Brenta"
+    assert prompts[2].startswith(earlier) and "[1] River Brenta" in prompts[2]
+    talk.clear()
+    "".join(talk.say("River Cam"))
+    assert prompts[3].startswith("<|bos|><|user_start|>River Cam<|info_start|>")
+
+
+def test_documents_that_do_not_fit_are_told(home, notes, capsys):
+    talk = Sourced(
+        engine_of(home), ChatConfig(source="sft", knowledge_base=str(notes), max_tokens=8, max_doc_length=20)
+    )
+    "".join(talk.say("river sea"))
+    assert "of 5 documents found, 2 fit the context of 64 tokens" in capsys.readouterr().err
+    with pytest.raises(UserError, match="the question needs"):
+        "".join(talk.say("river " * 60))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--retriever_type=bm25"], "add --knowledge_base"),
+        (["--knowledge_base=KB", "-t", "0.5"], "not sampled: leave temperature"),
+        (["--knowledge_base=KB", "--top_k=0"], "top_k=0"),
+        (["--knowledge_base=KB", "-i", "base"], "-i base goes on from a text"),
+        (["--knowledge_base=KB"], r"no rag checkpoint.*base, sft \(-i sft\)"),
+        (["--knowledge_base=KB", "-i", "sft", "--retriever_type=dense"], "needs the index 'dense'"),
+        (["--knowledge_base=KB/none", "-i", "sft"], "none"),
+    ],
+)
+def test_mistakes_about_documents_are_named(home, notes, flags, message):
+    with pytest.raises(UserError, match=message):
+        chat_cli.main([*(flag.replace("KB", str(notes)) for flag in flags), "-p", "River Drava", "--device=cpu"])
 
 
 @pytest.mark.slow

@@ -207,10 +207,10 @@ class Snapshot:
         source: str,
     ) -> Hit:
         segment, chunk = self._locate(id)
-        row, start, end = (int(c[chunk]) for c in (segment.document_of, segment.starts, segment.ends))
-        if (segment.folder, row) not in cache:
-            cache[segment.folder, row] = segment.document(row)
-        document = cache[segment.folder, row]
+        row, start, end = segment.document_of.item(chunk), segment.starts.item(chunk), segment.ends.item(chunk)
+        document = cache.get((segment.folder, row))
+        if document is None:
+            document = cache[segment.folder, row] = segment.document(row)
         return Hit(document, Chunk(start, end, document.text[start:end]), score, rank, source, tuple(trace))
 
     def _allowed(self, where: dict[str, Any] | None) -> np.ndarray | None:

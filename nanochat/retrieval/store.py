@@ -143,7 +143,7 @@ class Segment:
             self.hash_rows = np.load(folder / "rows.npy", mmap_mode="r")  # (n_documents,) int32
         except (pa.ArrowInvalid, ValueError) as e:
             raise UserError(f"{folder} is damaged ({e}): restore it or build the base again") from e
-        self.columns = [batch.columns for batch in self.batches]  # making them anew takes longer than reading a cell
+        self.columns = [[Cells(column) for column in batch.columns] for batch in self.batches]
         self.document_of, self.starts, self.ends = document, start, end  # (n_chunks,) int32
         self.first_rows = [0, *itertools.accumulate(batch.num_rows for batch in self.batches)]
         self.n_documents, self.n_chunks = self.first_rows[-1], len(document)
@@ -151,12 +151,12 @@ class Segment:
 
     def cell(self, column: str, row: int) -> str:
         batch = bisect.bisect_right(self.first_rows, row) - 1
-        return self.columns[batch][PLACE[column]][row - self.first_rows[batch]].as_py()
+        return self.columns[batch][PLACE[column]][row - self.first_rows[batch]]
 
     def document(self, row: int) -> Document:
         batch = bisect.bisect_right(self.first_rows, row) - 1
         i = row - self.first_rows[batch]
-        return _document(*[column[i].as_py() for column in self.columns[batch]])
+        return _document(*[column[i] for column in self.columns[batch]])
 
     def documents(self, alive: np.ndarray | None = None) -> Iterator[Document]:
         """In order. alive: (n_documents,) bool; None for all."""
@@ -226,6 +226,19 @@ class Segment:
         return np.concatenate(codes or [np.zeros(0, np.int32)]), values
 
 
+class Cells:
+    """The strings of a mapped column, one at a time: through pyarrow's scalars a search spent most of its time here."""
+
+    def __init__(self, column: pa.Array) -> None:
+        assert column.offset == 0 and column.null_count == 0, "as write_documents writes them"
+        _, offsets, data = column.buffers()
+        self.offsets = memoryview(offsets).cast("q")  # (n + 1,), of a large_string
+        self.data = memoryview(data or b"")
+
+    def __getitem__(self, i: int) -> str:
+        return str(self.data[self.offsets[i] : self.offsets[i + 1]], "utf-8")
+
+
 class Texts:
     """What is indexed of a segment, chunk by chunk; may be iterated more than once."""
 
@@ -245,7 +258,7 @@ def _map(path: Path) -> list[pa.RecordBatch]:
 
 
 def _document(id: str, title: str, text: str, metadata: str) -> Document:
-    return Document(id, text, title, json.loads(metadata))
+    return Document(id, text, title, json.loads(metadata) if metadata != "{}" else {})
 
 
 def _indexed(title: str, text: str) -> str:
