@@ -38,9 +38,12 @@ STAGE_KEYS = frozenset(
     task examples_per_step resample sample_batch_size truncated normalize_std kl_coef correct_weight guard eval_examples
     max_problems num_samples temperature max_new_tokens batch_size show
     identity warm_start
-    absent_share retrieved_share variants follow_ups chat_share eval_questions
+    absent_share retrieved_share variants follow_ups rename chat_share eval_questions
     mode out_tag max_searches cold_start algorithm updates_per_rollout reward search_cost curriculum advance_at
     rl_lr_frac rl_grad_clip
+    cache chunk_tokens continuation_steps encoder_layers encoder_lr_frac entropy_weight expand gold_share kd_weight
+    largest_chunks policy_labels policy_lr policy_questions question_steps questions_per_step reconstruction_chunks
+    reconstruction_steps reinforce_steps supervise_steps
     """.split()  # noqa: SIM905
 )
 

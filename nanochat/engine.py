@@ -49,6 +49,7 @@ class Row:
     )  # what the model has yet to read: sampled ids, and forced ones whole
     tool: Tool | None = None  # whose query is being sampled
     opened: int = 0  # where in ids that query starts
+    vectors: list[Tensor] = field(default_factory=list)  # for the <|chunk|> ids of what is unread
 
     def calls(self, tool: Tool) -> int:
         return sum(call.tool is tool for call in self.trace)
@@ -108,6 +109,7 @@ class Engine:
         stop: Iterable[int] = (),
         session: Session | None = None,
         traces: list[list[Call]] | None = None,
+        vectors: Sequence[Tensor] | None = None,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Yield (column, mask) once per step: row r's id and 1 if it was sampled, 0 if a tool forced it.
 
@@ -115,7 +117,8 @@ class Engine:
         <|bos|> or an id of `stop` (that id is yielded), after max_tokens ids, or at max_context; from then on its
         entry is ENDED with mask 0. What a row says depends on its prompt, the options and its number r, not on which
         other rows there are, up to the rounding of batched products. traces: a list that is given one list per row, to
-        which each call is added as it is answered. Raises UserError for prompts or options that cannot work.
+        which each call is added as it is answered. vectors: for each prompt (n, D), which take the places of its n
+        <|chunk|> ids (nanochat/compress). Raises UserError for prompts or options that cannot work.
         """
         prompts = self._check_prompts(ids)
         sampler = Sampler(len(prompts) * num_samples, temperature, top_k, top_p, seed)
@@ -123,6 +126,8 @@ class Engine:
             raise UserError(f"num_samples={num_samples}, max_tokens={max_tokens}: expected at least 1 and at least 0")
         if session is not None and (len(prompts) > 1 or num_samples > 1):
             raise UserError(f"a session holds one row, not {len(prompts) * num_samples}: leave session out")
+        if session is not None and vectors is not None:
+            raise UserError("a session remembers ids, not vectors: leave session out")
         room = [self.max_context - len(p) for p in prompts]
         limits = room if max_tokens is None else [min(max_tokens, r) for r in room]
         rows = [
@@ -132,6 +137,13 @@ class Engine:
         ]
         if traces is not None:
             traces[:] = [row.trace for row in rows]
+        if vectors is not None:
+            counts = [prompt.count(self.tokenizer.encode_special("<|chunk|>")) for prompt in prompts]
+            if counts != [len(v) for v in vectors]:
+                given = ", ".join(str(len(v)) for v in vectors)
+                raise UserError(f"vectors for {given} chunks: the prompts have {counts} <|chunk|> ids")
+            for row, own in zip(rows[::num_samples], vectors, strict=True):
+                row.vectors = [own] * bool(len(own))
         return self._run(prompts, rows, sampler, self.terminators | set(stop), session)
 
     def generate_batch(
@@ -170,6 +182,19 @@ class Engine:
                 )
         return prompts
 
+    def _take_vectors(self, rows: list[Row], ids: list[list[int]]) -> tuple[Tensor, Tensor] | None:
+        """What rows bring for <|chunk|> ids among those they are fed -> (places (B, T), vectors (n, D)), or None."""
+        vectors = [v for row in rows for v in row.vectors]
+        if not vectors:
+            return None
+        chunk, T = self.tokenizer.encode_special("<|chunk|>"), max(map(len, ids))
+        places = torch.zeros(len(ids), T, dtype=torch.bool)
+        for place, row, own in zip(places, rows, ids, strict=True):
+            if row.vectors:  # elsewhere the id was sampled
+                place[: len(own)] = torch.tensor(own) == chunk
+                row.vectors = []
+        return places.to(self.model.device), torch.cat(vectors)
+
     @torch.inference_mode()
     def _run(
         self, prompts: list[list[int]], rows: list[Row], sampler: Sampler, ends: Collection[int], session: Any
@@ -177,7 +202,9 @@ class Engine:
         if not rows[0].left:
             return
         assert all(row.left for row in rows), "every prompt has room for one id, and max_tokens is common to all"
-        logits, state = self._prefill(prompts, len(rows) // len(prompts), max(r.left for r in rows), session)
+        n = len(rows) // len(prompts)
+        inject = self._take_vectors(rows[::n], prompts)
+        logits, state = self._prefill(prompts, n, max(r.left for r in rows), session, inject)
         writing, held = Rows(rows, state, logits), Rows()  # held: rows into which ids are forced
         while writing.rows or held.rows:
             # also with nothing to sample, for the sampler counts the steps
@@ -207,13 +234,19 @@ class Engine:
 
     def _read(self, rows: Rows, session: Session | None) -> Rows:
         """Feed each row what it has unread."""
-        rows.logits = self._forward([row.unread for row in rows.rows], rows.state, session)
+        ids = [row.unread for row in rows.rows]
+        rows.logits = self._forward(ids, rows.state, session, self._take_vectors(rows.rows, ids))
         for row in rows.rows:
             row.unread = []
         return rows
 
     def _prefill(
-        self, prompts: list[list[int]], num_samples: int, max_tokens: int, session: Session | None
+        self,
+        prompts: list[list[int]],
+        num_samples: int,
+        max_tokens: int,
+        session: Session | None,
+        inject: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """Read every prompt once, as one right-padded batch -> logits after each (rows, V), and the rows' state."""
         longest = max(map(len, prompts))
@@ -224,21 +257,24 @@ class Engine:
             state = session.state
             return self._forward([ids[len(session.ids) :]], state, session), state
         state = self.model.init_state(len(prompts), min(longest + max_tokens, self.max_context))
-        logits = self._forward(prompts, state, None)
+        logits = self._forward(prompts, state, None, inject)
         if num_samples > 1:
             logits, state = logits.repeat_interleave(num_samples, dim=0), state.repeat(num_samples)
         return logits, state
 
-    def _forward(self, ids: list[list[int]], state: Any, session: Session | None) -> Tensor:
+    def _forward(
+        self, ids: list[list[int]], state: Any, session: Session | None, inject: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Feed ids to the rows of the state -> logits after each row's last id (B, V)."""
         lengths = [len(row) for row in ids]
         T, device = max(lengths), self.model.device
         x = torch.tensor([row + [0] * (T - len(row)) for row in ids], device=device)  # (B, T)
         ragged = torch.tensor(lengths, device=device) if min(lengths) < T else None
+        more = {} if inject is None else {"inject": inject}  # models other than GPT need not know of it
         if session is None:
-            return self.model(x, state=state, lengths=ragged, last_only=True)[:, 0]
+            return self.model(x, state=state, lengths=ragged, last_only=True, **more)[:, 0]
         session.state = None  # an interrupted forward leaves a state of unknown content: the next turn starts afresh
-        logits = self.model(x, state=state, lengths=ragged, last_only=True)[:, 0]
+        logits = self.model(x, state=state, lengths=ragged, last_only=True, **more)[:, 0]
         session.ids, session.state = session.ids + ids[0], state
         return logits
 
@@ -276,6 +312,8 @@ class Engine:
                     output = tool.over
                 elif tool.render is not None:
                     output, shown = tool.render(output, row.ids)
+                if isinstance(output, tuple):  # ids, and the vectors for the <|chunk|> ids among them
+                    output, row.vectors = output[0], [output[1]]
                 ids = self._wrap(tool, output)
                 row.trace.append(Call(tool, query, shown, len(row.ids), ids))
                 row.forced.extend(ids)

@@ -232,8 +232,11 @@ def answers(start: Start, questions: Sequence[str] = PROMPTS, max_tokens: int = 
     return pairs
 
 
-def finish(start: Start, loop: Loop, section: str, tasks: Sequence[str], cursor: dict[str, Any]) -> None:
-    """Samples and the report's section, on every rank together; then the run ends."""
+def finish(
+    start: Start, loop: Loop, section: str, tasks: Sequence[str], cursor: dict[str, Any], last: bool = True
+) -> None:
+    """Samples and the report's section, on every rank together; then the run ends, and the ranks part, unless another
+    stage follows in this process (last=False): they cannot meet again."""
     run, cfg = start.run, start.cfg
     counts = torch.tensor([cursor.get("counts", {}).get(key, 0) for key in COUNTS], device=run.device)
     read = dict(zip(COUNTS, all_reduce_sum(counts).tolist(), strict=True))
@@ -242,7 +245,10 @@ def finish(start: Start, loop: Loop, section: str, tasks: Sequence[str], cursor:
         samples = answers(start)
         if not cfg.dry_run:
             _report(start, loop, section, tasks, read, samples)
-    run.close()
+    if last:
+        run.close()
+    elif run.tracker is not None:
+        run.tracker.finish()
 
 
 def _report(

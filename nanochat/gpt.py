@@ -116,6 +116,7 @@ class GPT(nn.Module):
         state: ModelState | None = None,
         lengths: Tensor | None = None,
         last_only: bool = False,
+        inject: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """ids (B, T) -> logits (B, T, V) float32; with targets (B, T), -1 = none, the cross-entropy in nats.
 
@@ -123,8 +124,9 @@ class GPT(nn.Module):
         doc: (B, T) document index of packed rows; no block lets documents see each other.
         state: continue its sequences and advance it by T, or by lengths (B,) when rows are right-padded.
         last_only: logits of the last (valid) token of each row only, (B, 1, V).
+        inject: (places (B, T) bool, vectors (n, D)): these take the places of embedded and normed tokens, row by row.
         """
-        x = self.hidden(ids, doc=doc, state=state, lengths=lengths)  # (B, T, D)
+        x = self.hidden(ids, doc=doc, state=state, lengths=lengths, inject=inject)  # (B, T, D)
         if targets is not None:
             return self.loss(x, targets, loss_reduction)
         if last_only:
@@ -132,13 +134,21 @@ class GPT(nn.Module):
         return cap_logits(self.head(x).float(), self.config.softcap)
 
     def hidden(
-        self, ids: Tensor, *, doc: Tensor | None = None, state: ModelState | None = None, lengths: Tensor | None = None
+        self,
+        ids: Tensor,
+        *,
+        doc: Tensor | None = None,
+        state: ModelState | None = None,
+        lengths: Tensor | None = None,
+        inject: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """The normed output of the last block, ids (B, T) -> (B, T, D)."""
+        """The normed output of the last block, ids (B, T) -> (B, T, D); the rest as in forward."""
         if doc is not None and state is not None:
             raise ValueError("doc marks packed rows of training; with a state every row is one document")
         ctx = self.context(ids, doc, state, lengths)
         x = norm(self.embed(ids).to(self.residual_dtype))
+        if inject is not None:
+            x = x.index_put((inject[0],), inject[1].to(x.dtype))
         x0 = x
         for i, block in enumerate(self.blocks):
             if self.config.residual_scalars:
@@ -178,10 +188,14 @@ class GPT(nn.Module):
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """x: (B, T, D), targets: (B, T) -> cross-entropy in nats."""
         flat, y = x.flatten(0, 1).to(self.compute_dtype), targets.flatten()
-        softcap = self.config.softcap
+        softcap, n = self.config.softcap, None
+        if self.device.type == "cpu":  # elsewhere, to ask how many targets there are is to wait for the device
+            n = (y >= 0).nonzero()[:, 0]
+            flat, y = (flat, y) if len(n) == len(y) else (flat[n], y[n])
         if reduction == "none" or not torch.is_grad_enabled():
             rows = linear_cross_entropy_rows(flat, self.head.cast_weight(), y, softcap)
             if reduction == "none":
+                rows = rows if n is None else rows.new_zeros(targets.numel()).index_copy(0, n, rows)
                 return rows.view_as(targets)
             total = rows.sum()
         else:

@@ -30,7 +30,8 @@ __all__ = ["aligned_table", "generate", "log_stage", "plot_metrics", "report_dir
 
 STAGES = """
     tokenizer_training tokenizer_evaluation base_training base_loss base_eval chat_evaluation_base mid_training
-    chat_evaluation_mid chat_sft chat_evaluation_sft rag_finetuning rag_evaluation chat_evaluation_rag refrag_training
+    chat_evaluation_mid chat_sft chat_evaluation_sft rag_finetuning rag_evaluation chat_evaluation_rag
+    refrag_cold_start refrag_training refrag_multihop_evaluation refrag_compress refrag_compress_evaluation
     refrag_evaluation chat_evaluation_refrag chat_rl chat_evaluation_rl
 """.split()  # noqa: SIM905
 # Column -> what the name of its stages starts or ends with.

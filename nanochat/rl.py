@@ -8,8 +8,12 @@
 
 A_i = R_i - mean of its group (Dr. GRPO, arXiv 2503.20783: no division by the standard deviation); the loss is
 -sum_i sum_t M_it A_i log p(y_it) / sum_i sum_t M_it over the whole step (DAPO's token-level norm, arXiv 2503.14476, and
-nanochat's), M = 1 on what the policy sampled: prompts and what tools forced are 0. Every batch is used for one update,
-so there is no ratio and nothing to clip. Groups whose rewards are all equal teach nothing and are replaced (DAPO).
+nanochat's), M = 1 on what the policy sampled: prompts and what tools forced are 0. Groups whose rewards are all equal
+teach nothing and are replaced (DAPO).
+
+That is "reinforce", the default, with one update for each batch, so that there is no ratio and nothing to clip. Others:
+"grpo" divides A by the standard deviation (2402.03300), "dapo" does so too and uses a batch for several updates with
+clipped ratios (`remember`), "rejection" imitates the right samples of the same groups (RAFT, 2304.06767).
 
 What is asked, which tools there are and what is rewarded is the caller's: `prompt(example) -> ids`, the engine's tools,
 and `judge(trajectory) -> Verdict`.
@@ -17,8 +21,8 @@ and `judge(trajectory) -> Verdict`.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +32,10 @@ from nanochat.device import Ranks, all_reduce_sum
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.sampling import ENDED
+from nanochat.tools import Call
 
+Algorithm = Literal["reinforce", "grpo", "dapo", "rejection"]
+CLIP = (0.2, 0.28)  # how far a ratio counts below and above 1 (2503.14476, section 3.1)
 EQUAL = 1e-6  # rewards this close are the same
 
 
@@ -52,6 +59,7 @@ class Trajectory:
     mask: list[int]  # 1 where the policy sampled, 0 on the prompt and on what tools forced
     n_prompt: int
     ended: bool  # by an end id; False: cut at max_new_tokens or at the end of the context
+    trace: list[Call] = field(default_factory=list)  # its calls of tools
 
     def text(self, tokenizer: Any) -> str:
         """What was written, without its end id, as a task's evaluate() takes it."""
@@ -71,6 +79,7 @@ class Verdict:
     correct: bool
     valid: bool = True  # in the expected format
     masked: bool = False
+    figures: dict[str, float] = field(default_factory=dict)  # what else the health of a step is to show, as means
 
 
 Judge = Callable[[Trajectory], Verdict]
@@ -113,12 +122,17 @@ def task_judge(task: Any, tokenizer: Any, tools: dict[int, Any], truncated: str 
 
 
 def well_formed(trajectory: Trajectory, tools: dict[int, Any]) -> bool:
-    """Ended by itself, every tool call closed, and no tool's output written by the policy itself."""
+    """Ended by itself, every tool call closed by the policy, and no tool's output written by it.
+
+    A query that grew past its budget, whose end was forced, was not closed by the policy.
+    """
     ends = {tool.end for tool in tools.values()}
     outputs = {i for tool in tools.values() for i in (tool.output_start, tool.output_end)}
     opened = None
     for token, sampled in zip(trajectory.ids, trajectory.mask, strict=True):
         if not sampled:
+            if opened is not None:
+                return False
             continue
         if token in outputs or (token in ends and (opened is None or token != opened.end)):
             return False
@@ -158,7 +172,7 @@ def _sample(actor: Actor, examples: Sequence[int], seed: int) -> list[Group]:
     masks = [[0] * len(row) for row in ids]
     columns = engine.generate(
         prompts, n, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-        top_k=sampling.top_k or None, seed=seed,
+        top_k=sampling.top_k or None, seed=seed, traces=(traces := []),
     )  # fmt: skip
     for column, mask in columns:
         for r, (token, sampled) in enumerate(zip(column, mask, strict=True)):
@@ -166,7 +180,9 @@ def _sample(actor: Actor, examples: Sequence[int], seed: int) -> list[Group]:
                 ids[r].append(token)
                 masks[r].append(sampled)
     written = [
-        Trajectory(examples[r // n], ids[r], masks[r], len(prompts[r // n]), ids[r][-1] in engine.terminators)
+        Trajectory(
+            examples[r // n], ids[r], masks[r], len(prompts[r // n]), ids[r][-1] in engine.terminators, traces[r]
+        )
         for r in range(len(ids))
     ]
     return [Group(g, [actor.judge(t) for t in g]) for g in (written[i : i + n] for i in range(0, len(written), n))]
@@ -175,6 +191,12 @@ def _sample(actor: Actor, examples: Sequence[int], seed: int) -> list[Group]:
 def mix_seed(*parts: int) -> int:
     """Several numbers -> one seed; different numbers, unrelated streams."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+class Examples(Protocol):
+    """Which examples come, without end."""
+
+    def __next__(self) -> int: ...
 
 
 class Order:
@@ -193,7 +215,7 @@ class Order:
         return int(self._order[place])
 
 
-def collect(actor: Actor, order: Order, n: int, seed: int, rounds: int = 1) -> tuple[list[Group], list[Group]]:
+def collect(actor: Actor, order: Examples, n: int, seed: int, rounds: int = 1) -> tuple[list[Group], list[Group]]:
     """-> (up to n groups that teach, all groups sampled). For those missing, others are drawn `rounds` times."""
     kept: list[Group] = []
     sampled: list[Group] = []
@@ -217,6 +239,13 @@ def advantages(rewards: Sequence[float], by_std: bool = False) -> list[float]:
     return (a / (r.std() + 1e-4) if by_std else a).tolist()
 
 
+def weights(group: Group, algorithm: Algorithm) -> list[float]:
+    """What -log p of each sample that counts is multiplied with."""
+    if algorithm == "rejection":
+        return [float(v.correct) for v in group.verdicts if not v.masked]
+    return advantages(group.rewards, by_std=algorithm != "reinforce")
+
+
 @dataclass(frozen=True)
 class Batch:
     """Trajectories as tensors, right-padded with id 0."""
@@ -227,14 +256,17 @@ class Batch:
     rewards: Tensor  # (B,) float32
     correct: Tensor  # (B,) bool
     lengths: list[int]
+    old: Tensor | None = None  # (B, T - 1) log p of the targets when they were sampled: makes the loss one of ratios
 
     @classmethod
-    def of(cls, groups: Sequence[Group], device: torch.device | str = "cpu", by_std: bool = False) -> "Batch":
+    def of(
+        cls, groups: Sequence[Group], device: torch.device | str = "cpu", algorithm: Algorithm = "reinforce"
+    ) -> "Batch":
         """Groups -> their trajectories that count, the shortest first, so that parts() pads little."""
         rows = []
         for group in groups:
             pairs = [(t, v) for t, v in zip(group.trajectories, group.verdicts, strict=True) if not v.masked]
-            rows += zip(pairs, advantages(group.rewards, by_std), strict=True)
+            rows += zip(pairs, weights(group, algorithm), strict=True)
         rows.sort(key=lambda row: len(row[0][0].ids))
         lengths = [len(t.ids) for (t, _), _ in rows]
         ids = torch.zeros(len(rows), max(lengths, default=1), dtype=torch.long)
@@ -270,8 +302,18 @@ class Batch:
             j, T = slice(i, i + size), max(self.lengths[i : i + size])
             yield Batch(
                 self.ids[j, :T], self.sampled[j, :T], self.advantages[j], self.rewards[j], self.correct[j],
-                self.lengths[j],
+                self.lengths[j], None if self.old is None else self.old[j, : T - 1],
             )  # fmt: skip
+
+
+@torch.no_grad()
+def remember(model: GPT, batch: Batch, size: int) -> Batch:
+    """The batch with log p under the model as it is, so that it can be used for several updates."""
+    old = torch.zeros(batch.ids[:, 1:].shape, device=batch.ids.device)  # (B, T - 1)
+    for start, part in zip(range(0, len(batch), size), batch.parts(size), strict=True):
+        nll = model(part.ids[:, :-1], part.targets, loss_reduction="none")
+        old[start : start + len(part), : nll.shape[1]] = -nll
+    return replace(batch, old=old)
 
 
 def policy_loss(
@@ -281,12 +323,18 @@ def policy_loss(
 
     correct_weight: weight of the cross-entropy of correct trajectories, against the decay of their likelihood that
     precedes a collapse (arXiv 2512.04220). On policy its expected gradient is that of the reward, only larger.
+    With batch.old the advantages weigh min(r A, clip(r) A), r = p / p_old of each token (PPO, 1707.06347, eq. 7).
     reference, kl_coef: GRPO's estimate of the divergence from a frozen model (arXiv 2402.03300, eq. 4).
     """
     x, y = batch.ids[:, :-1], batch.targets
     nll = model(x, y, loss_reduction="none")  # (B, T - 1) nats, 0 where y is -1
-    weight = batch.advantages + correct_weight * batch.correct  # (B,)
-    loss = (weight[:, None] * nll).sum()
+    if batch.old is None:
+        weight = batch.advantages + correct_weight * batch.correct  # (B,)
+        loss = (weight[:, None] * nll).sum()
+    else:
+        r, A = (-nll - batch.old).exp(), batch.advantages[:, None]
+        gain = torch.minimum(r * A, r.clamp(1 - CLIP[0], 1 + CLIP[1]) * A)  # (B, T - 1)
+        loss = correct_weight * (batch.correct[:, None] * nll).sum() - gain[y >= 0].sum()
     if reference is not None and kl_coef:
         with torch.no_grad():
             reference_nll = reference(x, y, loss_reduction="none")

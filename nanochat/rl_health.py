@@ -26,7 +26,11 @@ class Health:
     """Sums over one step of this rank; figures() are those of all ranks."""
 
     device: torch.device
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
+    more: Sequence[str] = ()  # names of Verdict.figures
+    sums: dict[str, float] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.sums = dict.fromkeys([*SUMS, *self.more], 0.0)
 
     def add_groups(self, groups: Sequence[Group]) -> None:
         """All groups sampled in the step, the skipped ones too."""
@@ -40,6 +44,8 @@ class Health:
                 self.sums["valid"] += v.valid
                 self.sums["truncated"] += not t.ended
                 self.sums["length"] += t.length
+                for name in self.more:
+                    self.sums[name] += v.figures[name]
 
     def add_logp(self, batch: Batch, logp: Tensor) -> None:
         """What policy_loss returned for a part of the step."""
@@ -55,11 +61,13 @@ class Health:
         entropy: nats per sampled token, estimated by -log p of what was sampled. logp_correct: nats per sampled token
         of correct trajectories. length: ids written. zero_variance: share of groups that were skipped.
         """
-        values = all_reduce_sum(torch.tensor([self.sums[k] for k in SUMS], device=self.device)).tolist()
-        s = dict(zip(SUMS, values, strict=True))
+        values = all_reduce_sum(torch.tensor(list(self.sums.values()), device=self.device)).tolist()
+        s = dict(zip(self.sums, values, strict=True))
         out = {}
         if s["trajectories"]:
-            out = {k: s[k] / s["trajectories"] for k in ("reward", "correct", "valid", "truncated", "length")}
+            out = {
+                k: s[k] / s["trajectories"] for k in ("reward", "correct", "valid", "truncated", "length", *self.more)
+            }
             out |= {"zero_variance": s["zero_variance"] / s["groups"], "groups": s["groups"]}
         if s["tokens"]:
             out["entropy"] = -s["logp"] / s["tokens"]
@@ -125,6 +133,7 @@ PANELS: list[tuple[str, dict[str, str]]] = [
     ("nats per token", {"entropy": "entropy", "logp_correct": "log p of correct trajectories"}),
     ("share", {"valid": "valid format", "zero_variance": "groups skipped: equal rewards", "truncated": "cut"}),
     ("ids written", {"length": "length"}),
+    ("calls", {"searches": "searches of a question", "hops": "steps it takes"}),
     ("gradient norm", {"grad_norm": "before clipping"}),
 ]
 COLOURS = (BLUE, ORANGE, GREEN)

@@ -33,7 +33,7 @@ from nanochat.retrieval import Document, KnowledgeBase
 from nanochat.retrieval.readers import READERS, Question, Reading
 from nanochat.retrieval.readers.python_docs import python_items
 from nanochat.world import World
-from tasks.world import SIZES, world_documents, world_rows
+from tasks.world import SIZES, invented_words, world_documents, world_rows
 
 KINDS = ["1hop", "2hop", "missing"]
 FEW = 10  # bad rows that are always allowed, unless max_bad is 0
@@ -86,7 +86,7 @@ def read_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Ques
 
 def world_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Question]:
     """A world for training and a smaller one, with other names, for validation; both in one knowledge base."""
-    size = SIZES[cfg.world_size or ("nano" if cfg.mode == "example" else "small")]
+    size = n_entities_of(cfg)
     questions = 2 * size if cfg.questions is None else cfg.questions
     val_size = max(SIZES["nano"], round(cfg.val_share * size))
     val_questions = round(cfg.val_share * questions)
@@ -96,6 +96,11 @@ def world_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Que
             yield from reading.document(document)
         for row in world_rows(world, n, kinds=cfg.kinds, seed=cfg.seed, max_facts=cfg.max_facts) if n else []:
             yield from reading.question(Question(row, f"{split} world", 0, split))
+
+
+def n_entities_of(cfg: PrepareConfig) -> int:
+    """Of the training world."""
+    return SIZES[cfg.world_size or ("nano" if cfg.mode == "example" else "small")]
 
 
 def split_of(question: Question, val_share: float) -> Literal["train", "val"]:
@@ -219,6 +224,7 @@ def prepare(cfg: PrepareConfig, folder: Path, reading: Reading) -> dict[str, Any
     splits = {s: [q.row for q in good if split_of(q, cfg.val_share) == s] for s in ("train", "val")}
     for split, rows in splits.items():
         write_rows(folder / f"{split}.jsonl", rows)
+    of_world = cfg.mode in ("example", "world")
     return {
         "format": 1,
         "config": asdict(cfg),
@@ -229,6 +235,8 @@ def prepare(cfg: PrepareConfig, folder: Path, reading: Reading) -> dict[str, Any
         "bad_rows": reading.bad,
         "passed_over": dict(reading.notes),
         "python": sys.version.split()[0],
+        # names that training may exchange for each other, so that no fact is worth remembering
+        "invented_words": invented_words(World(cfg.seed, n_entities_of(cfg), "train")) if of_world else [],
     }
 
 

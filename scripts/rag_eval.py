@@ -4,6 +4,7 @@
     python -m scripts.rag_eval --knowledge_base rag_data -g tiny -x 500 --baseline=mid
     python -m scripts.rag_eval --knowledge_base rag_data -g d20 --compare=d20_hybrid,d20_mamba
     python -m scripts.rag_eval --mode multihop --knowledge_base rag_data    # nanochat/multihop_eval.py
+    python -m scripts.rag_eval --mode compress -g tiny_compress             # nanochat/compress/judge.py
 
 All conditions ask the same questions, and those with retrieved documents show the same ones:
 
@@ -32,6 +33,7 @@ import torch
 
 from nanochat.checkpoint import load_model
 from nanochat.common import atomic_write, base_dir, run_script, write_json
+from nanochat.compress.judge import CompressEvalConfig, compress_eval_main
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device
 from nanochat.multihop_eval import MultihopEvalConfig, multihop_eval_main
@@ -53,6 +55,7 @@ from nanochat.rag_tables import (
 )
 from nanochat.report import log_stage, report_dir
 from nanochat.retrieval import KnowledgeBase
+from tasks.compress import open_contexts
 from tasks.multihop import usable
 from tasks.rag import load_rows
 
@@ -305,10 +308,14 @@ def report(cfg: RagEvalConfig, results: Results, baseline: str, seconds: float) 
 
 
 def main(argv: list[str]) -> None:
-    if re.search(r"--mode[= ]multihop\b", " ".join(argv)):
+    mode = re.search(r"--mode[= ](multihop|compress)\b", " ".join(argv))
+    if mode and mode[1] == "multihop":
         multihop = load_config(MultihopEvalConfig, argv)
         kb, rows = open_data(multihop)
         multihop_eval_main(multihop, kb, usable(rows, multihop.max_hops))
+        return
+    if mode:
+        compress_eval_main(load_config(CompressEvalConfig, argv), open_contexts)
         return
     cfg, start = load_config(RagEvalConfig, argv), time.monotonic()
     device = pick_device(cfg.device)

@@ -52,6 +52,7 @@ class RagFinetuneConfig(FinetuneConfig):
     retrieved_share: Annotated[float, "of answerable questions: those shown what was retrieved, as it is"] = 0.2
     variants: Annotated[int, "times an epoch asks each question, with other documents"] = 4
     follow_ups: Annotated[int, "further questions about the documents of a conversation, at most"] = 6
+    rename: Annotated[bool, "exchange the invented names of a world for each other in every conversation"] = True
     tasks: Annotated[list | None, "--chat_tasks: the plain conversations (tasks/mixtures.py); none = embedded"] = None
     chat_share: Annotated[float, "of all conversations: plain ones"] = 0.15
     eval_questions: Annotated[int, "questions answered at each validation; 0 = none"] = 128
@@ -87,13 +88,16 @@ class Data:
 
 
 def load_data(cfg: RagFinetuneConfig, start: Start, kb: KnowledgeBase, rows: dict[str, list[Row]]) -> Data:
-    def task(split: str, rows: Sequence[Row], shares: Shares, variants: int = 1, follow_ups: int = 0) -> RAG:
+    def task(split: str, rows: Sequence[Row], shares: Shares, **more: Any) -> RAG:
         return RAG(
-            rows, kb, split, cfg.top_k, cfg.retriever_type, shares, cfg.seed, variants=variants, follow_ups=follow_ups,
-            tokenizer=start.tokenizer, max_doc_length=cfg.max_doc_length, max_tokens=start.T + 1,
+            rows, kb, split, cfg.top_k, cfg.retriever_type, shares, cfg.seed, tokenizer=start.tokenizer,
+            max_doc_length=cfg.max_doc_length, max_tokens=start.T + 1, **more,
         )  # fmt: skip
 
-    train = task("train", rows["train"], cfg.shares, cfg.variants, cfg.follow_ups)
+    invented = read_json(dataset_folder(cfg.knowledge_base) / "dataset.json")["invented_words"] if cfg.rename else ()
+    train = task(
+        "train", rows["train"], cfg.shares, variants=cfg.variants, follow_ups=cfg.follow_ups, invented=invented
+    )
     val = task("val", rows["val"], cfg.shares)
     names = cfg.names(MIXTURES, DEFAULT)
     n = cfg.eval_questions // 2

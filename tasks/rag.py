@@ -13,6 +13,10 @@ With follow_ups, more questions about the documents shown are asked in the same 
 whose gold documents these are, and from the unanswerable rows whose search found one of them first: a document read
 once then teaches several answers.
 
+With invented words (of the world, dataset.json has them) every conversation exchanges them for each other: a name says
+nothing from one conversation to the next, and no fact is worth remembering. Without this a model of seven million
+parameters learns the thousand entities of a small world by heart instead of reading (docs/LOG.md, 2026-11-21).
+
 A row that brings documents along has them in place of those with the same id: a counterfactual's altered one is its
 gold. With "stale_answers" (two documents that disagree) all of them are always shown.
 
@@ -21,7 +25,7 @@ hold, the right answer is to abstain.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +144,7 @@ class RAG(Task):
     Each row is asked `variants` times, with other documents. tokenizer: documents are shortened to max_doc_length ids,
     and as many distractors left out as it takes to keep prompt and answer within max_tokens. retriever: None is the
     knowledge base's own. follow_ups: further questions of a conversation, at most, as many as max_tokens has room for.
+    invented: words that are exchanged for each other.
     """
 
     name = "RAG"
@@ -160,6 +165,7 @@ class RAG(Task):
         max_doc_length: int = MAX_DOC_LENGTH,
         max_tokens: int | None = None,
         follow_ups: int = 0,
+        invented: Sequence[str] = (),
         **span: Any,
     ):
         super().__init__(**span)
@@ -174,6 +180,8 @@ class RAG(Task):
         self.pool = list(self.passages.values())
         self.short: dict[Passage, tuple[Passage, int]] = {}
         self.follow_ups = follow_ups
+        self.invented = Dice("invented", seed).shuffled(invented)
+        self.place = {word: i for i, word in enumerate(self.invented)}
         self.about = self._rows_by_document() if follow_ups else {}
 
     def _rows_by_document(self) -> dict[str, list[int]]:
@@ -320,14 +328,35 @@ class RAG(Task):
         messages.append({"role": "assistant", "content": answer_parts(said, gold, abstain=not gold)})
         if self.follow_ups:
             messages += self._further(dice, row, messages, [p for p in documents if p.id not in own], documents)
+        renamed = self._renaming(dice)
         return {
-            "messages": messages,
-            "answers": row["answers"],
+            "messages": renamed(messages),
+            "answers": renamed(row["answers"]),
             "gold": gold,
             "answerable": bool(gold),
             "kind": row.get("kind", ""),
             "case": case,
         }
+
+    def _renaming(self, dice: Dice) -> Callable[[Any], Any]:
+        """Exchanges every invented word in texts, however deep in lists and dicts, for another: one to one."""
+        n = len(self.invented)
+        if not n:
+            return lambda thing: thing
+        shift = dice.below(n)
+
+        def word(match: re.Match[str]) -> str:
+            place = self.place.get(match[0])
+            return match[0] if place is None else self.invented[(place + shift) % n]
+
+        def renamed(thing: Any) -> Any:
+            if isinstance(thing, str):
+                return re.sub(r"\w+", word, thing)
+            if isinstance(thing, dict):
+                return {key: renamed(value) for key, value in thing.items()}
+            return [renamed(value) for value in thing] if isinstance(thing, list) else thing
+
+        return renamed
 
     def _further(
         self, dice: Dice, row: Row, messages: list[dict[str, Any]], known: list[Passage], documents: list[Passage]

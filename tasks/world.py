@@ -29,12 +29,13 @@ from nanochat.world import VERSION, Fact, World
 from nanochat.world_names import Dice
 from nanochat.world_text import RELATIONS
 from tasks.world_asker import Asker, Row
-from tasks.world_controls import guess_prior, new_names, relabel, shuffled
+from tasks.world_controls import guess_prior, invented_words, new_names, relabel, shuffled
 from tasks.world_paths import Articles, held_back
 from tasks.world_wording import COMPARISONS, FALSE_PREMISES, WORDINGS
 
 __all__ = [
-    "KINDS", "SIZES", "guess_prior", "held_back", "new_names", "relabel", "shuffled", "world_documents", "world_rows",
+    "KINDS", "SIZES", "guess_prior", "held_back", "invented_words", "new_names", "relabel", "shuffled",
+    "world_documents", "world_rows",
 ]  # fmt: skip
 SIZES = {"nano": 64, "small": 1_000, "base": 20_000, "million": 1_000_000}  # entities; at least one document each
 PATIENCE = 200  # draws in a row without a new question after which a kind of answer counts as used up

@@ -38,11 +38,15 @@ def _best_constant(rows: list[Row]) -> int:
     return max(Counter(answer for row in rows for answer in set(row["answers"] or [None])).values())
 
 
+def invented_words(world: World) -> list[str]:
+    """Every word that names something in this world and is in no dictionary, sorted."""
+    names = [name for e in world.entities for name in (e.name, e.alias) if name]
+    return sorted({word for name in names for word in name.split()} - FORM_WORDS)
+
+
 def new_names(world: World, seed: int = 0) -> dict[str, str]:
     """{invented word: another of the same world}, one to one, no word kept: every entity changes its name."""
-    names = [name for e in world.entities for name in (e.name, e.alias) if name]
-    words = sorted({word for name in names for word in name.split()} - FORM_WORDS)
-    order = Dice("new names", seed).shuffled(words)
+    order = Dice("new names", seed).shuffled(invented_words(world))
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
