@@ -103,6 +103,13 @@ def n_entities_of(cfg: PrepareConfig) -> int:
     return SIZES[cfg.world_size or ("nano" if cfg.mode == "example" else "small")]
 
 
+def names_to_exchange(cfg: PrepareConfig) -> list[str]:
+    """The names of the training world and of a larger one, none of the validation's: training may put any in the place
+    of any, so that no fact is worth remembering and no name is always the same tokens."""
+    worlds = World(cfg.seed, n_entities_of(cfg), "train"), World(cfg.seed + 1, SIZES["base"], "train")
+    return sorted({word for world in worlds for word in invented_words(world)})
+
+
 def split_of(question: Question, val_share: float) -> Literal["train", "val"]:
     """What the source says; else by the checksum of the id, so that neither order nor other rows matter."""
     checksum = zlib.crc32(question.row["id"].encode())
@@ -235,8 +242,7 @@ def prepare(cfg: PrepareConfig, folder: Path, reading: Reading) -> dict[str, Any
         "bad_rows": reading.bad,
         "passed_over": dict(reading.notes),
         "python": sys.version.split()[0],
-        # names that training may exchange for each other, so that no fact is worth remembering
-        "invented_words": invented_words(World(cfg.seed, n_entities_of(cfg), "train")) if of_world else [],
+        "invented_words": names_to_exchange(cfg) if of_world else [],
     }
 
 

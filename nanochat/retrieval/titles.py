@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 MAX_TITLE = 16  # words; a longer title is never found in a text
-FAN = 8  # chunks a name may stand for: the first ones of a long document, or documents of one name
+FAN = 8  # chunks a name may stand for; one of more, as where every paragraph has its article's title, tells nothing
 _WORD = re.compile(r"[^\W_]+")
 _ASIDE = re.compile(r"\s*\([^)]*\)\s*$")  # "Mercury (planet)" is called Mercury
 STOP_WORDS = frozenset(
@@ -50,7 +50,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Name:
-    """Words [start, end) of a page. ids: chunks with that title, none where the base has no such title."""
+    """Words [start, end) of a page. ids: chunks with that title, none where the base has none or more than FAN."""
 
     start: int
     end: int
@@ -87,7 +87,7 @@ class Titles:
         found, free = [], 0
         for (i, j), a, b in zip(spans, first.tolist(), last.tolist(), strict=True):
             if a < b and i >= free and (j - i > 1 or page.text[page.spans[i][0]].isupper()):
-                found.append(Name(i, j, tuple(self.owners[a : min(b, a + FAN)].tolist())))
+                found.append(Name(i, j, tuple(self.owners[a:b].tolist()) if b - a <= FAN else ()))
                 free = j
         return found
 
