@@ -9,9 +9,10 @@
 #   DEPTH=N                 layers of the GPU recipe's model (default 20)
 #   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
-#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT and _RL
-#                                                 are those of the stages after it
-#   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 200)
+#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RAG and
+#                                                 _RL are those of the stages after it
+#   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
+#   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 20)
 set -euo pipefail
@@ -77,12 +78,15 @@ cpu_run() {
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
-    local -a flags mid sft rl
-    local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-200}" --max_new_tokens=64 --show=1)
-    read -ra flags <<<"${SPEEDRUN_TRAIN:-}"
-    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=200}"
-    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=80}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=20}"
+    local -a flags mid sft rag rl
+    # answers are sampled, as one who chats would and as reinforcement learning is rewarded
+    local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
+        --temperature=1 --top_k=0 --show=1)
+    read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=220}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=150}"
+    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=40}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
@@ -93,9 +97,16 @@ cpu_run() {
     stage chat_eval_mid - python -m scripts.chat_eval -i mid "${chat[@]}"
     stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - python -m scripts.chat_eval -i sft "${chat[@]}"
-    stage chat_rl "rl_checkpoints/$TAG" python -m scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=64 \
-        "${rl[@]}" --resume
+    stage chat_rl "rl_checkpoints/$TAG" python -m scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=32 \
+        --task=Spelling,Spelling,Arithmetic,WorldQA --init_lr_frac=0.5 --eval_every=0 "${rl[@]}" --resume
     stage chat_eval_rl - python -m scripts.chat_eval -i rl "${chat[@]}"
+    stage rag_data rag_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --max_facts=2 --questions=5000 \
+        --kinds=1hop,1hop,1hop,1hop,counterfactual,missing --output="$NANOCHAT_BASE_DIR/rag_data" --overwrite
+    stage rag_finetune "rag_checkpoints/$TAG" python -m scripts.rag_finetune --model_tag="$TAG" --run="$RUN" \
+        --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" --max_doc_length=64 --absent_share=0.1 --retrieved_share=0.1 \
+        --follow_ups=8 --eval_every=0 "${rag[@]}" --resume
+    stage rag_eval - python -m scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
+        --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions=100
 }
 
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
@@ -127,7 +138,7 @@ gpu_run() {
 
 GPUS="${GPUS:-$(count_gpus)}"
 if [ "$GPUS" = 0 ]; then TAG=tiny_hybrid; else TAG="d${DEPTH:-20}"; fi
-if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR"/{base,mid,sft,rl}_checkpoints/"$TAG"; fi
+if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR"/{base,mid,sft,rag,rl}_checkpoints/"$TAG"; fi
 mkdir -p "$STAMPS"
 stage report_reset - python -m nanochat.report reset
 if [ "$GPUS" = 0 ]; then cpu_run; else gpu_run "$GPUS"; fi
