@@ -12,7 +12,6 @@ On validation the model also answers eval_questions, greedily, always the same: 
 half where the documents shown hold no answer.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -28,8 +27,8 @@ from nanochat.rag import MAX_DOC_LENGTH, parse
 from nanochat.report import log_stage, report_dir
 from nanochat.retrieval import KnowledgeBase
 from nanochat.train import Loop, compile_model, memory_advice
-from tasks.common import Task, TaskMixture
-from tasks.mixtures import DEFAULT, MIXTURES, sft_mixture
+from tasks.common import Task
+from tasks.mixtures import DEFAULT, MIXTURES, with_chat
 from tasks.rag import RAG, Row, Shares, dataset_folder, is_right, load_rows
 
 SECTION = "rag_finetuning"
@@ -110,17 +109,8 @@ def load_data(cfg: RagFinetuneConfig, start: Start, kb: KnowledgeBase, rows: dic
         f"{len(asked)} are answered at each validation, {len(gold) - cut} of them with gold documents ({cut} had their "
         f"answer cut off by max_doc_length={cfg.max_doc_length}); retrieval recall@{cfg.top_k} {val.recall():.3f}"
     )
-    train, val_mix = (mixed(split, t, names, cfg.chat_share) for split, t in (("train", train), ("val", val)))
+    train, val_mix = (with_chat(t, split, names, cfg.chat_share) for split, t in (("train", train), ("val", val)))
     return Data(train, val_mix, asked, val.recall(), told)
-
-
-def mixed(split: str, task: Task, names: list[str], chat_share: float) -> Task:
-    """The task with as many plain conversations as make up chat_share of all, repeated where there are too few."""
-    n = round(len(task) * chat_share / (1 - chat_share))
-    if not n:
-        return task
-    chat = sft_mixture(split, names)
-    return TaskMixture([task, TaskMixture(chat.tasks * math.ceil(n / len(chat)), stop=n)])
 
 
 # ---- reading, measured while training ----

@@ -50,8 +50,8 @@ from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage, inherit_rates
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import Tool
 from nanochat.train import Loop, Run, changed_keys, compile_model, make_optimizer, memory_advice
-from tasks.mixtures import DEFAULT, MIXTURES, sft_mixture
-from tasks.multihop import ColdStart, Row, usable, with_chat
+from tasks.mixtures import DEFAULT, MIXTURES, with_chat
+from tasks.multihop import ColdStart, Row, usable
 from tasks.rag import dataset_folder, load_rows
 
 TRACES = 4  # in the report
@@ -215,7 +215,7 @@ def trajectories(cfg: MultihopConfig, start: Start, data: Data, split: Literal["
     rows = data.train if split == "train" else data.val
     task = ColdStart(rows, data.tool(cfg, start.tokenizer), start.tokenizer, cfg.max_hops, start.T + 1)
     start.run.print(f"{split}: {task}")
-    return with_chat(task, sft_mixture(split, cfg.names(MIXTURES, DEFAULT)), cfg.chat_share)
+    return with_chat(task, split, cfg.names(MIXTURES, DEFAULT), cfg.chat_share)
 
 
 # ---- stage 1 ----

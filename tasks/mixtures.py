@@ -9,6 +9,7 @@ N examples; a name given twice is seen twice as often. A set that is not on the 
 """
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -65,6 +66,15 @@ def mid_mixture(split: str, tasks: Sequence[str] | None = None) -> TaskMixture:
 def sft_mixture(split: str, tasks: Sequence[str] | None = None) -> TaskMixture:
     """What chat_sft sees. None: the embedded tasks."""
     return mixture(split, DEFAULT if tasks is None else tasks)
+
+
+def with_chat(task: Task, split: str, names: Sequence[str], share: float) -> Task:
+    """The task among as many plain conversations as make up `share` of all, repeated where there are too few."""
+    n = round(len(task) * share / (1 - share))
+    if not n:
+        return task
+    chat = sft_mixture(split, names)
+    return TaskMixture([task, TaskMixture(chat.tasks * math.ceil(n / len(chat)), stop=n)])
 
 
 def mixture(split: str, names: Sequence[str]) -> TaskMixture:

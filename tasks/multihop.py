@@ -23,7 +23,7 @@ from nanochat.multihop_rl import n_hops
 from nanochat.rag import answer_parts, question_conversation
 from nanochat.retrieval.metrics import cover_match
 from nanochat.tools import NO_MORE_SEARCHES, NOTHING_FOUND, Tool
-from tasks.common import Kind, Task, TaskMixture
+from tasks.common import Kind, Task
 from tasks.world_wording import WORDINGS
 
 Row = dict[str, Any]
@@ -185,9 +185,3 @@ def _said(row: Row) -> str:
     """The answer as the last step's document writes it; a comparison's is the one that is right."""
     last = row["hops"][-1]["answer"]
     return last if last in row["answers"] else row["answers"][0]
-
-
-def with_chat(task: Task, chat: Task, share: float) -> Task:
-    """Plain conversations among them, a share of all, so that the model learns when not to search."""
-    n = round(len(task) * share / (1 - share))
-    return TaskMixture([task, TaskMixture([chat] * -(-n // len(chat)), stop=n)]) if n else task

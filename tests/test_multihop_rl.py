@@ -40,7 +40,8 @@ from nanochat.world import World
 from scripts import base_train, rag_eval, refrag_finetune
 from scripts.refrag_finetune import MultihopConfig
 from tasks.common import exchange
-from tasks.multihop import ColdStart, reworded, usable, with_chat
+from tasks.mixtures import with_chat
+from tasks.multihop import ColdStart, reworded, usable
 from tasks.world import world_documents, world_rows
 
 KINDS = ("1hop", "2hop", "3hop", "missing")
@@ -207,7 +208,7 @@ def test_all_is_retrieved_in_two_batches_and_numbers_of_hops_take_turns(
     assert len(calls) == 2
     questions = {row["question"]: len(row["hops"]) for row in rows}
     assert [questions[task[i]["messages"][0]["content"]] for i in range(9)] == [1, 2, 3] * 3
-    mixed = with_chat(task, task, 0.1)
+    mixed = with_chat(task, "train", ["Arithmetic:5"], 0.1)
     assert len(mixed) == len(task) + round(len(task) / 9)
 
 

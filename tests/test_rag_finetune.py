@@ -21,7 +21,8 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from scripts import rag_finetune
 from scripts.prepare_rag_dataset import main as prepare
-from scripts.rag_finetune import RagFinetuneConfig, mixed
+from scripts.rag_finetune import RagFinetuneConfig
+from tasks.mixtures import with_chat
 from tasks.rag import RAG, Shares, dataset_folder, hops, load_rows
 from tasks.world import world_documents, world_rows
 
@@ -245,9 +246,9 @@ def test_bad_rows_are_named_by_line(tmp_path: Path) -> None:
 
 def test_plain_conversations_are_the_share_asked_for(kb: KnowledgeBase) -> None:
     task = RAG(ROWS, kb)
-    both = mixed("train", task, ["Arithmetic:5"], 0.25)
+    both = with_chat(task, "train", ["Arithmetic:5"], 0.25)
     assert len(both) == 80 and sum("case" in c for c in both) == 60  # the five are repeated
-    assert mixed("train", task, ["Arithmetic"], 0.0) is task
+    assert with_chat(task, "train", ["Arithmetic"], 0.0) is task
 
 
 # ---- the script ----
