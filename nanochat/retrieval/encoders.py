@@ -61,7 +61,8 @@ def _load(name: str) -> tuple[Any, Path]:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(
-            f"encoder {name!r} needs sentence-transformers: uv sync --extra rag, or use encoder='static'"
+            f"encoder {name!r} needs sentence-transformers: `uv pip install sentence-transformers`, or use "
+            "encoder='static'"
         ) from None
     try:
         model = SentenceTransformer(name)

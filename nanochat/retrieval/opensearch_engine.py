@@ -73,7 +73,7 @@ class Engine:
         try:
             from opensearchpy import OpenSearch
         except ImportError:
-            raise UserError(f"{address} needs opensearch-py: uv sync --extra rag") from None
+            raise UserError(f"{address} needs opensearch-py: uv pip install opensearch-py") from None
         self.address, self.index = address, address.index
         self.client = OpenSearch(
             [{"host": host, "port": port} for host, port in address.hosts],

@@ -89,7 +89,7 @@ class CrossEncoderScorer:
         try:
             from sentence_transformers import CrossEncoder
         except ImportError as e:
-            raise UserError(f"scorer {name!r} needs sentence-transformers: uv sync --extra rag") from e
+            raise UserError(f"scorer {name!r} needs sentence-transformers: uv pip install sentence-transformers") from e
         try:
             self.model = CrossEncoder(name)
         except (OSError, ValueError) as e:
