@@ -1,5 +1,7 @@
 """What goes into a knowledge base and what comes out of a search."""
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,3 +47,29 @@ class Hit:
     rank: int
     source: str
     trace: tuple[str, ...] = ()
+
+
+def batches(documents: Iterable[Document], most: int, characters: int) -> Iterator[list[Document]]:
+    """Lists of up to `most` documents, ended as soon as their texts hold `characters`. UserError for what is none."""
+    batch: list[Document] = []
+    held = 0
+    for i, document in enumerate(documents):
+        if not isinstance(document, Document):
+            raise UserError(f"document {i} is a {type(document).__name__}, expected nanochat.retrieval.Document")
+        batch.append(document)
+        held += len(document.text)
+        if len(batch) == most or held >= characters:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch
+
+
+def metadata_json(document: Document) -> str:
+    """UserError where the metadata is not JSON."""
+    try:
+        if not all(isinstance(key, str) for key in document.metadata):
+            raise TypeError("keys must be text")
+        return json.dumps(document.metadata, allow_nan=False)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"document {document.id!r}: its metadata is not JSON ({e})") from None

@@ -8,7 +8,7 @@ that many documents, checks that their hash is the same, and continues. An addit
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from nanochat.config import UserError
 from nanochat.retrieval.chunking import check_chunking, chunk_spans
-from nanochat.retrieval.document import Document
+from nanochat.retrieval.document import Document, batches
 from nanochat.retrieval.encoders import Encoder
 from nanochat.retrieval.opensearch_engine import Engine
 from nanochat.retrieval.opensearch_records import (
@@ -95,7 +95,7 @@ def add_documents(writer: Writer, documents: Iterable[Document], replace: bool) 
     batch, n = -random.SystemRandom().getrandbits(62) - 1, 0
     try:
         with writer.bar() as bar:
-            for some in _batches(documents):
+            for some in batches(documents, BATCH_DOCUMENTS, BATCH_CHARACTERS):
                 writer.write(some, batch, replace)
                 n += len(some)
                 bar.update(len(some))
@@ -177,7 +177,7 @@ def _fill(writer: Writer, documents: Iterable[Document]) -> None:
         )
     engine.delete_where({"range": {"batch": {"gte": done["batches"]}}})
     with writer.bar(done["documents"]) as bar:
-        for batch, some in enumerate(_batches(rest), done["batches"]):
+        for batch, some in enumerate(batches(rest, BATCH_DOCUMENTS, BATCH_CHARACTERS), done["batches"]):
             writer.write(some, batch)
             for document in some:
                 digest.update(document_digest(document))
@@ -189,18 +189,3 @@ def _fill(writer: Writer, documents: Iterable[Document]) -> None:
 
 def _note(engine: Engine, done: dict[str, Any]) -> None:
     engine.ask(lambda client: client.index(index=engine.index, id=PROGRESS, body=done))
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for i, document in enumerate(documents):
-        if not isinstance(document, Document):
-            raise UserError(f"document {i} is a {type(document).__name__}, expected nanochat.retrieval.Document")
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nanochat.config import UserError
-from nanochat.retrieval.document import Document
+from nanochat.retrieval.document import Document, metadata_json
 from nanochat.retrieval.where import ORDER, parse_where
 
 KEYWORD_LIMIT = 8191  # characters; Lucene's longest term is 32,766 bytes, a character has up to 4
@@ -128,15 +128,6 @@ def document_of(record: Record) -> Document:
 
 def indexed_text(record: Record) -> str:
     return f"{record['title']}\n{record['text']}" if record["title"] else record["text"]
-
-
-def metadata_json(document: Document) -> str:
-    try:
-        if not all(isinstance(key, str) for key in document.metadata):
-            raise TypeError("keys must be text")
-        return json.dumps(document.metadata, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"document {document.id!r}: its metadata is not JSON ({e})") from None
 
 
 def document_digest(document: Document) -> bytes:

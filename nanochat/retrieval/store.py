@@ -20,7 +20,7 @@ import pyarrow as pa
 from nanochat.common import fsync_dir, sha256_file
 from nanochat.config import UserError
 from nanochat.retrieval.chunking import check_chunking, chunk_spans
-from nanochat.retrieval.document import Document
+from nanochat.retrieval.document import Document, batches, metadata_json
 
 DOCUMENTS = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text", "metadata")])
 CHUNKS = pa.schema([(name, pa.int32()) for name in ("document", "start", "end")])
@@ -39,7 +39,7 @@ def write_documents(documents: Iterable[Document], folder: Path, chunk_tokens: i
     check_chunking(chunk_tokens, chunk_overlap)
     hashes, chunks = array("Q"), [array("i"), array("i"), array("i")]
     with open(folder / "documents.arrow", "wb") as f, pa.ipc.new_file(f, DOCUMENTS) as out:
-        for batch in _batches(documents):
+        for batch in batches(documents, BATCH_ROWS, BATCH_CHARACTERS):
             for document in batch:
                 # a document without text still has a chunk: its title is found
                 for start, end in chunk_spans(document.text, chunk_tokens, chunk_overlap) or [(0, 0)]:
@@ -57,26 +57,11 @@ def write_documents(documents: Iterable[Document], folder: Path, chunk_tokens: i
     _check_unique(Segment(folder))
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for i, document in enumerate(documents):
-        if not isinstance(document, Document):
-            raise UserError(f"document {i} is a {type(document).__name__}, expected nanochat.retrieval.Document")
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) == BATCH_ROWS or characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
 def _arrow(batch: Sequence[Document]) -> pa.RecordBatch:
     try:
         columns = [[getattr(d, name) for d in batch] for name in ("id", "title", "text")]
         return pa.record_batch(
-            [pa.array(c, pa.large_string()) for c in (*columns, map(_json, batch))], schema=DOCUMENTS
+            [pa.array(c, pa.large_string()) for c in (*columns, map(metadata_json, batch))], schema=DOCUMENTS
         )
     except UnicodeEncodeError:
         bad = next(d for d in batch if _not_utf8(d.id) or _not_utf8(d.title) or _not_utf8(d.text))
@@ -87,15 +72,6 @@ def _arrow(batch: Sequence[Document]) -> pa.RecordBatch:
 
 def _not_utf8(text: str) -> bool:
     return any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def _json(document: Document) -> str:
-    try:
-        if not all(isinstance(key, str) for key in document.metadata):
-            raise TypeError("keys must be text")
-        return json.dumps(document.metadata, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"document {document.id!r}: its metadata is not JSON ({e})") from None
 
 
 def _hash(id: str) -> int:
