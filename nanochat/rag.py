@@ -13,6 +13,7 @@ max_doc_length ids, whole sentences first.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from nanochat.config import UserError
 from nanochat.conversation import WRAPPED, render_documents
 from nanochat.engine import Engine
+from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.document import Hit
 from nanochat.tools import Call
 
@@ -203,6 +205,14 @@ def _until(rest: Iterable[int], end: int) -> tuple[list[int], bool]:
 
 
 # ---- answering ----
+
+
+def open_base(given: str | Path) -> KnowledgeBase:
+    """The knowledge base itself, by folder or opensearch:// address, or that of a folder by prepare_rag_dataset."""
+    if str(given).startswith("opensearch://"):
+        return KnowledgeBase.open(given)
+    folder = Path(given).expanduser()
+    return KnowledgeBase.open(folder / "knowledge_base" if (folder / "knowledge_base").is_dir() else folder)
 
 
 def answer(

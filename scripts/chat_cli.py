@@ -19,7 +19,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from nanochat.checkpoint import SOURCES, load_model
@@ -27,8 +26,7 @@ from nanochat.common import base_dir, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.engine import Engine, Session, StreamDecoder, calculator, python
-from nanochat.rag import MAX_DOC_LENGTH, MAX_NEW_TOKENS, Answer, answer_from, answer_parts
-from nanochat.retrieval import KnowledgeBase
+from nanochat.rag import MAX_DOC_LENGTH, MAX_NEW_TOKENS, Answer, answer_from, answer_parts, open_base
 from nanochat.retrieval.document import Hit
 
 with contextlib.suppress(ImportError):  # arrow keys and history in input(), where the platform has them
@@ -208,13 +206,6 @@ class Sourced:
         if reply.text:
             answer = answer_parts(reply.text, reply.citations)
             self.history += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-
-
-def open_base(given: str) -> KnowledgeBase:
-    """The knowledge base itself, or that of a folder made by prepare_rag_dataset."""
-    if not given.startswith("opensearch://") and (Path(given).expanduser() / "knowledge_base").is_dir():
-        return KnowledgeBase.open(Path(given).expanduser() / "knowledge_base")
-    return KnowledgeBase.open(given if given.startswith("opensearch://") else Path(given).expanduser())
 
 
 def said(reply: Answer) -> str:

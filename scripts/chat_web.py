@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import uvicorn
@@ -26,7 +25,7 @@ from nanochat.common import base_dir, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.engine import Engine, calculator, python
-from nanochat.rag import MAX_DOC_LENGTH
+from nanochat.rag import MAX_DOC_LENGTH, open_base
 from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.serve import LOOPBACK, listen
 from nanochat.serving.app import make_app
@@ -124,21 +123,16 @@ def tools(cfg: WebConfig, tokenizer: Any, kb: KnowledgeBase | None) -> list[Tool
     return own
 
 
-def open_base(cfg: WebConfig) -> KnowledgeBase | None:
-    """The knowledge base itself, or that of a folder made by prepare_rag_dataset."""
-    given = cfg.knowledge_base
-    if given is None:
+def checked_base(cfg: WebConfig) -> KnowledgeBase | None:
+    if cfg.knowledge_base is None:
         return None
-    folder = given if given.startswith("opensearch://") else Path(given).expanduser()
-    if isinstance(folder, Path) and (folder / "knowledge_base").is_dir():
-        folder = folder / "knowledge_base"
-    kb = KnowledgeBase.open(folder)
+    kb = open_base(cfg.knowledge_base)
     kb.search("a", k=1, retriever=cfg.retriever_type)  # opens the index: what is wrong with it is said now
     return kb
 
 
 def make_service(cfg: WebConfig) -> Service:
-    kb = open_base(cfg)
+    kb = checked_base(cfg)
     schedulers, name = load_schedulers(cfg, kb)
     settings = Settings(
         model=name, default_tokens=cfg.default_tokens, max_tokens=cfg.max_tokens, temperature=cfg.temperature,

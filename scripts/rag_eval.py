@@ -37,7 +37,7 @@ from nanochat.compress.judge import CompressEvalConfig, compress_eval_main
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device
 from nanochat.multihop_eval import MultihopEvalConfig, multihop_eval_main
-from nanochat.rag import MAX_DOC_LENGTH, fit
+from nanochat.rag import MAX_DOC_LENGTH, fit, open_base
 from nanochat.rag_conditions import CONDITIONS, Evidence, gather, predict
 from nanochat.rag_eval import Figure, Prediction, Question, guessing, question_from, summary
 from nanochat.rag_plots import plot_conditions, plot_coverage, plot_documents
@@ -137,15 +137,10 @@ def load_reader(cfg: RagEvalConfig, device: torch.device, source: str, tag: str 
 
 def open_data(cfg: RagEvalConfig | MultihopEvalConfig) -> tuple[KnowledgeBase, list[dict[str, Any]]]:
     """The knowledge base and max_problems of the rows."""
-    folder = Path(cfg.knowledge_base).expanduser()
-    if cfg.knowledge_base.startswith("opensearch://"):
-        if cfg.rows is None:
-            raise UserError(f"--knowledge_base={cfg.knowledge_base} has no questions beside it: add --rows=FILE.jsonl")
-        kb = KnowledgeBase.open(cfg.knowledge_base)
-    elif (folder / "knowledge_base").is_dir():
-        kb = KnowledgeBase.open(folder / "knowledge_base")
-    else:
-        kb, folder = KnowledgeBase.open(folder), folder.parent
+    if cfg.knowledge_base.startswith("opensearch://") and cfg.rows is None:
+        raise UserError(f"--knowledge_base={cfg.knowledge_base} has no questions beside it: add --rows=FILE.jsonl")
+    kb, folder = open_base(cfg.knowledge_base), Path(cfg.knowledge_base).expanduser()
+    folder = folder if (folder / "knowledge_base").is_dir() else folder.parent
     rows = load_rows(cfg.rows or folder / "val.jsonl")
     if not rows:
         raise UserError(f"{cfg.rows or folder / 'val.jsonl'} holds no questions")

@@ -103,14 +103,15 @@ def load_data(cfg: RagFinetuneConfig, start: Start, kb: KnowledgeBase, rows: dic
     answerable = [row for row in rows["val"] if row["answerable"]][:n]
     gold, absent = task("val", answerable, Shares(1, 0, 0)), task("val", rows["val"][:n], Shares(0, 1, 0))
     asked = [c for c in (*gold, *absent) if len(start.tokenizer.render_for_completion(c)) < start.T]
+    recall = val.recall()
     cut = len(gold) - sum(conversation["answerable"] for conversation in gold)
     told = (
         f"questions: {len(rows['train'])} x {cfg.variants} to train on, {len(rows['val'])} to validate, of which "
         f"{len(asked)} are answered at each validation, {len(gold) - cut} of them with gold documents ({cut} had their "
-        f"answer cut off by max_doc_length={cfg.max_doc_length}); retrieval recall@{cfg.top_k} {val.recall():.3f}"
+        f"answer cut off by max_doc_length={cfg.max_doc_length}); retrieval recall@{cfg.top_k} {recall:.3f}"
     )
     train, val_mix = (with_chat(t, split, names, cfg.chat_share) for split, t in (("train", train), ("val", val)))
-    return Data(train, val_mix, asked, val.recall(), told)
+    return Data(train, val_mix, asked, recall, told)
 
 
 # ---- reading, measured while training ----
@@ -124,9 +125,7 @@ def read(start: Start, asked: Sequence[dict[str, Any]]) -> tuple[dict[str, float
     """
     ranks, tokenizer = start.run.ranks, start.tokenizer
     own = asked[ranks.rank :: ranks.world_size]
-    sums = torch.zeros(
-        6, dtype=torch.float64
-    )  # with gold: questions, right, cited, abstained; without: questions, abst.
+    sums = torch.zeros(6, dtype=torch.float64)  # as `judged` counts
     engine, texts = Engine(start.model, tokenizer, tools=()), list[str]()
     start.model.eval()
     for first in range(0, len(own), BATCH):
@@ -145,7 +144,7 @@ def read(start: Start, asked: Sequence[dict[str, Any]]) -> tuple[dict[str, float
 
 
 def judged(conversation: dict[str, Any], ids: list[int], tokenizer: Any) -> torch.Tensor:
-    """(6,) of zeros and ones, as `read` sums them."""
+    """(6,) of zeros and ones: with gold documents asked, right, cited, abstained; without them asked, abstained."""
     _, citations, abstained, _ = parse(ids, tokenizer)
     if not conversation["answerable"]:
         return torch.tensor([0, 0, 0, 0, 1, abstained], dtype=torch.float64)

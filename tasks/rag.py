@@ -25,7 +25,7 @@ hold, the right answer is to abstain.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +39,7 @@ from nanochat.retrieval.metrics import exact_match
 from nanochat.world_names import Dice
 from tasks.common import Kind, Task, check_split
 from tasks.data import numbered_lines
+from tasks.world_controls import Shifted, relabel
 
 SEARCHED = 1024  # questions of one search
 UNANSWERABLE = 0.25  # of the unanswerable rows that could be further questions: those that may be
@@ -127,6 +128,13 @@ def hops(row: Row) -> list[list[str]]:
     """For each step of an answerable row the ids of documents of which one must be read."""
     steps = [hop["gold_ids"] for hop in row.get("hops") or []]
     return steps if steps and all(steps) else [[id] for id in row["gold_ids"]]
+
+
+def evidence_in(passages: Sequence[Passage], row: Row) -> list[Passage]:
+    """The first passage for each step of an answerable row, each once; [] where a step has none."""
+    reached = [next((p for p in passages if p.id in ids), None) for ids in hops(row)]
+    found = [p for p in reached if p is not None]
+    return list(dict.fromkeys(found)) if len(found) == len(reached) else []
 
 
 def is_right(conversation: dict[str, Any], completion: str) -> bool:
@@ -255,10 +263,8 @@ class RAG(Task):
         others = [p for p in others if not p.holds(stated)]
         if case == "retrieved":
             documents = [p for p in found if p.id in known or p in others][: 1 + dice.below(self.top_k)]
-            reached = [next((p for p in documents if p.id in ids), None) for ids in hops(row)]
-            evidence = list(dict.fromkeys(p for p in reached if p is not None))
-            sufficient = None not in reached and self._shown(evidence, stated)
-            return documents, evidence if sufficient else []
+            evidence = evidence_in(documents, row)
+            return documents, evidence if evidence and self._shown(evidence, stated) else []
         kept = [*gold, *rival] if case == "gold" else []
         n = max(len(kept), 1 + dice.below(self.top_k))
         if n > self.top_k:  # more steps than documents
@@ -328,35 +334,18 @@ class RAG(Task):
         messages.append({"role": "assistant", "content": answer_parts(said, gold, abstain=not gold)})
         if self.follow_ups:
             messages += self._further(dice, row, messages, [p for p in documents if p.id not in own], documents)
-        renamed = self._renaming(dice)
+        answers = row["answers"]
+        if self.invented:
+            names = Shifted(self.invented, self.place, dice.below(len(self.invented)))
+            messages, answers = relabel(messages, names), relabel(answers, names)
         return {
-            "messages": renamed(messages),
-            "answers": renamed(row["answers"]),
+            "messages": messages,
+            "answers": answers,
             "gold": gold,
             "answerable": bool(gold),
             "kind": row.get("kind", ""),
             "case": case,
         }
-
-    def _renaming(self, dice: Dice) -> Callable[[Any], Any]:
-        """Exchanges every invented word in texts, however deep in lists and dicts, for another: one to one."""
-        n = len(self.invented)
-        if not n:
-            return lambda thing: thing
-        shift = dice.below(n)
-
-        def word(match: re.Match[str]) -> str:
-            place = self.place.get(match[0])
-            return match[0] if place is None else self.invented[(place + shift) % n]
-
-        def renamed(thing: Any) -> Any:
-            if isinstance(thing, str):
-                return re.sub(r"\w+", word, thing)
-            if isinstance(thing, dict):
-                return {key: renamed(value) for key, value in thing.items()}
-            return [renamed(value) for value in thing] if isinstance(thing, list) else thing
-
-        return renamed
 
     def _further(
         self, dice: Dice, row: Row, messages: list[dict[str, Any]], known: list[Passage], documents: list[Passage]
@@ -367,12 +356,9 @@ class RAG(Task):
         room = self.max_tokens - self._size(messages) if self.tokenizer and self.max_tokens else None
         rows = {i for i in sorted(rows) if self.rows[i]["answerable"] or dice.chance(UNANSWERABLE)}
         for other in (self.rows[i] for i in dice.shuffled(sorted(rows))[: self.follow_ups]):
-            reached = (
-                [next((p for p in known if p.id in ids), None) for ids in hops(other)] if other["answerable"] else []
-            )
-            if None in reached:
+            evidence = evidence_in(known, other) if other["answerable"] else []
+            if other["answerable"] and not evidence:
                 continue
-            evidence = list(dict.fromkeys(p for p in reached if p is not None))
             gold = [documents.index(p) + 1 for p in evidence] if self._shown(evidence, other["answers"]) else []
             content = answer_parts(self._said(other, evidence), gold, abstain=not gold)
             turn = [{"role": "user", "content": other["question"]}, {"role": "assistant", "content": content}]

@@ -6,7 +6,7 @@ answers from something else than what it is given.
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -50,8 +50,25 @@ def new_names(world: World, seed: int = 0) -> dict[str, str]:
     return dict(zip(order, order[1:] + order[:1], strict=True))
 
 
-def relabel(thing: T, names: dict[str, str]) -> T:
-    """The same rows, documents or text with every invented word exchanged; ids stay.
+class Shifted(Mapping[str, str]):
+    """Every word's name is the word `shift` places after it in `order`, round and round: one to one, in no time."""
+
+    def __init__(self, order: Sequence[str], place: Mapping[str, int], shift: int) -> None:
+        """place: of each word in `order`."""
+        self.order, self.place, self.shift = order, place, shift
+
+    def __getitem__(self, word: str) -> str:
+        return self.order[(self.place[word] + self.shift) % len(self.order)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.order)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+
+def relabel(thing: T, names: Mapping[str, str]) -> T:
+    """The same rows, documents or text with every word that `names` has exchanged; ids stay.
 
     names = new_names(world); relabel(rows, names); (relabel(d, names) for d in world_documents(world))
     """
