@@ -33,6 +33,7 @@ class Architecture:
     window: int | None = None
     value_embeddings: bool | None = None
     residual_scalars: bool | None = None
+    head_tie: float | None = None
     mlp: bool | None = None
     mamba_d_state: int | None = None
     mamba_d_conv: int | None = None

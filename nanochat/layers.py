@@ -24,15 +24,20 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: init_weights() of the owner sets every weight."""
 
+    def master(self) -> Tensor:
+        """What is multiplied, before it is cast: (d_out, d_in) float32."""
+        return self.weight
+
     def cast_weight(self) -> Tensor:
         """The weight in compute_dtype, (d_out, d_in)."""
         weight = self.weight
-        if weight.dtype == self.compute_dtype:
-            return weight
         if self.training or torch.is_grad_enabled():
-            return weight.to(self.compute_dtype)
+            return self.master().to(self.compute_dtype)
         if self._cast is None or self._cast.dtype != self.compute_dtype or self._cast.device != weight.device:
-            self._cast = weight.detach().to(self.compute_dtype)
+            master = self.master()
+            if master is weight and weight.dtype == self.compute_dtype:
+                return weight
+            self._cast = master.detach().to(self.compute_dtype)
         return self._cast
 
     def train(self, mode: bool = True) -> "Linear":
@@ -54,6 +59,26 @@ def linear_together(x: Tensor, *linears: Linear) -> Tensor:
             first._together = torch.cat([m.cast_weight() for m in linears])
         weight = first._together
     return F.linear(x.to(first.compute_dtype), weight)
+
+
+class Head(Linear):
+    """Linear to logits whose weight is the sum of its own and `tie` times the normed embedding of each token.
+
+    An attention layer that copies then says the token it copied with one matrix for the whole vocabulary, also a token
+    it has never been asked to say; with tie = 0 (nanochat's untied head) that is learnt token by token, and reading
+    names from documents takes several times the training (LOG 2026-11-21). No gradient goes to the embedding this way:
+    the head's own weight learns what differs.
+    """
+
+    def __init__(self, embed: "Embedding", tie: float) -> None:
+        super().__init__(embed.embedding_dim, embed.num_embeddings)
+        self.tie = tie
+        self._embed = (embed,)  # in a tuple: not a module of this one, its owner has it
+
+    def master(self) -> Tensor:
+        if not self.tie:
+            return self.weight
+        return self.weight.add(norm(self._embed[0].weight.detach().float()), alpha=self.tie)
 
 
 class Embedding(nn.Embedding):

@@ -61,6 +61,7 @@ class BaseTrainConfig:
     window: Annotated[int, "tokens an S layer sees; 0 = max_seq_len / 4"] = 0
     value_embeddings: Annotated[bool, "gated token embeddings added to the values of every second layer"] = False
     residual_scalars: Annotated[bool, "learned scale of the residual and of the embedding before each block"] = False
+    head_tie: Annotated[float, "share of each normed token embedding in the head (layers.Head); 0 = untied"] = 0.0
     mamba_d_state: Annotated[int, "state size N of a Mamba block"] = 16
     mamba_d_conv: Annotated[int, "width of the convolution, of mamba2 and gdn too"] = 4
     mamba_expand: Annotated[int, "inner width / d_model, of mamba2 too"] = 2

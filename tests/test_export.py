@@ -93,7 +93,10 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 15.0}, {"n_kv_head": 2, "mlp_ratio": 3, "rope_base": 500.0, "window_pattern": "SL", "window": 48}],
+    [
+        {"softcap": 15.0, "head_tie": 0.05},
+        {"n_kv_head": 2, "mlp_ratio": 3, "rope_base": 500.0, "window_pattern": "SL", "window": 48},
+    ],
 )
 @torch.no_grad()
 def test_transformers_computes_our_logits_and_greedy_text(base: Path, tok: Tokenizer, options: dict) -> None:

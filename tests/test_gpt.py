@@ -14,7 +14,14 @@ from nanochat.optim import MuonAdamW
 
 PLAIN = GPTConfig(n_layer=4, d_model=64, n_head=2, vocab_size=100, seq_len=32)
 RICH = dataclasses.replace(
-    PLAIN, n_kv_head=1, window_pattern="SL", window=7, value_embeddings=True, residual_scalars=True, softcap=15.0
+    PLAIN,
+    n_kv_head=1,
+    window_pattern="SL",
+    window=7,
+    value_embeddings=True,
+    residual_scalars=True,
+    softcap=15.0,
+    head_tie=0.05,
 )
 SMALL = dataclasses.replace(
     PLAIN, n_layer=2, mamba_d_state=8, mamba2_d_state=16, mamba2_head_dim=32, gdn_head_dim=16, mamba2_n_group=2

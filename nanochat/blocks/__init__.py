@@ -22,7 +22,7 @@ BLOCKS: dict[str, type[Block]] = {
 }
 # fields that all layers share, so that an entry of the pattern cannot set them
 SHARED_FIELDS = {"n_layer", "block_pattern", "window_pattern", "d_model", "n_head", "vocab_size", "seq_len"}
-SHARED_FIELDS |= {"rope_base", "softcap", "residual_scalars"}
+SHARED_FIELDS |= {"rope_base", "softcap", "residual_scalars", "head_tie"}
 
 __all__ = [
     "BLOCKS",

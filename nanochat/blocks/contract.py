@@ -30,6 +30,7 @@ class GPTConfig:
     seq_len: int = 2048
     mlp_ratio: int = 4
     rope_base: float = 10000.0
+    head_tie: float = 0.0  # the head's rows are their own weights plus this times the normed embedding of the token
     softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0 = off
     window_pattern: str = "L"  # tiled over the attention layers: L full context, S sliding window; the last is always L
     window: int = 0  # tokens an S layer sees; 0 = seq_len / 4
