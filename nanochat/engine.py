@@ -303,7 +303,7 @@ class Engine:
         """Answer the calls these rows have closed, all of one tool together."""
         for tool in self.tools.values():
             asking = [row for row in rows if row.tool is tool]
-            queries = [self.tokenizer.decode(row.ids[row.opened : -1], errors="replace") for row in asking]
+            queries = [self.tokenizer.decode(row.ids[row.opened : -1], errors="replace").strip() for row in asking]
             within = [row.calls(tool) < tool.max_calls for row in asking]
             results = iter(tool.answer([query for query, ask in zip(queries, within, strict=True) if ask]))
             for row, query, ask in zip(asking, queries, within, strict=True):

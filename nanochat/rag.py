@@ -69,10 +69,15 @@ def question_conversation(
 
 
 def answer_parts(answer: str, citations: Iterable[int] = (), abstain: bool = False) -> list[dict[str, Any]]:
-    """The content of the assistant's message that is trained on."""
+    """The content of the assistant's message that is trained on.
+
+    The answer begins with a space, so that its ids are those it has within a document: to read is then to copy them,
+    where "Vitrex pie" without it is other ids (V|it|rex) than in a sentence ( Vit|rex) and every name's first syllable
+    has to be learnt apart (LOG 2026-11-21: 2.6 times the reading accuracy after 200 steps).
+    """
     if abstain:
         return [{"type": "abstain"}]
-    return [*({"type": "cite", "n": n} for n in citations), {"type": "text", "text": answer}]
+    return [*({"type": "cite", "n": n} for n in citations), {"type": "text", "text": f" {answer.lstrip()}"}]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:

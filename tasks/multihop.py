@@ -147,7 +147,7 @@ class ColdStart(Task):
             place = None
             for query in (hop["query"], reworded(row, h)):
                 calls += 1
-                parts.append({"type": "search", "text": query})
+                parts.append({"type": "search", "text": f" {query}"})  # as in answer_parts
                 if calls > max_calls:
                     parts.append({"type": "info", "text": NO_MORE_SEARCHES})
                     break

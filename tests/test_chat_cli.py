@@ -227,7 +227,7 @@ def test_answered_turns_are_shown_again_without_their_documents(home, notes):
     answers = ["".join(talk.say(text)) for text in ("River Drava", "River Ebro", "River Brenta")]
     assert [a.split("\n")[0] for a in answers] == ["the sea [1]", ABSTENTION, "sky"]
     assert "* [1] River Drava" in answers[0] and "  [1] River Brenta" in answers[2]
-    turn = "<|user_start|>River Drava<|user_end|><|assistant_start|>the sea<|assistant_end|>"
+    turn = "<|user_start|>River Drava<|user_end|><|assistant_start|> the sea<|assistant_end|>"
     earlier = f"<|bos|>{turn}<|user_start|>River Brenta"
     assert prompts[2].startswith(earlier) and "[1] River Brenta" in prompts[2]
     talk.clear()

@@ -179,7 +179,7 @@ def test_a_search_is_what_the_conversation_format_makes_of_it_numbered_on_from_t
     )
     assert (ids, mask) == render(TOKENIZER, {"messages": messages})
     assert "[4] Alm\n" in TOKENIZER.decode(ids) and "[6] Cid\n" in TOKENIZER.decode(ids)
-    assert [(c.query, c.result) for c in trace] == [("one", hits_of("one")), ("none", []), (" two", hits_of("two"))]
+    assert [(c.query, c.result) for c in trace] == [("one", hits_of("one")), ("none", []), ("two", hits_of("two"))]
     assert all(ids[c.at : c.at + len(c.ids)] == c.ids for c in trace)
 
 

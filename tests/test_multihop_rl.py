@@ -162,7 +162,7 @@ def test_oracle_answers_are_right_and_cite_a_document_of_each_step(
             assert len(cited) == 0
             continue
         kinds["answered"] += 1
-        assert row["answerable"] and parts[-1]["text"] in row["answers"]
+        assert row["answerable"] and parts[-1]["text"][1:] in row["answers"]
         for document, hop in zip(cited, row["hops"], strict=True):
             assert hop["answer"].lower() in f"{document['title']}\n{document['text']}".lower()
     assert min(kinds.values()) > 10
@@ -189,10 +189,12 @@ def test_a_miss_is_asked_again_in_other_words_and_then_given_up(tokenizer: Token
     def parts(finds: set[str], **changes: Any) -> list[Any]:
         tool = make_tool(tokenizer, library(finds), 1, 40, changes.pop("max_searches", 4))
         made = ColdStart([{**row, **changes}], tool, tokenizer, 3)[0]["messages"][1]["content"]
-        return [p.get("text", p.get("n", p["type"])) if "documents" not in p else "documents" for p in made]
+        return [
+            p.get("text", str(p.get("n", p["type"]))).strip() if "documents" not in p else "documents" for p in made
+        ]
 
-    assert parts({"teacher of Ada", other}) == ["teacher of Ada", "documents", 1, "Bob"]
-    assert parts({other}) == ["teacher of Ada", NOTHING_FOUND, other, "documents", 1, "Bob"]
+    assert parts({"teacher of Ada", other}) == ["teacher of Ada", "documents", "1", "Bob"]
+    assert parts({other}) == ["teacher of Ada", NOTHING_FOUND, other, "documents", "1", "Bob"]
     assert parts(set()) == ["teacher of Ada", NOTHING_FOUND, other, NOTHING_FOUND, "abstain"]
     assert parts(set(), max_searches=1) == ["teacher of Ada", NOTHING_FOUND, other, NO_MORE_SEARCHES, "abstain"]
     assert parts({other}, answerable=False)[-1] == "abstain"

@@ -217,7 +217,7 @@ def test_documents_come_before_earlier_turns_of_which_the_texts_are_kept(kb: Kno
         reply = answer(model, TOKENIZER, kb, "Where does River 3 flow?", 2, history=turns(n), max_new_tokens=32)
         shown = TOKENIZER.decode(model.prompts[0])
         assert len(reply.hits) == 2 and "secret" not in shown and "cite" not in shown
-        assert shown.startswith("<|bos|><|user_start|>what is the town?<|user_end|><|assistant_start|>north<")
+        assert shown.startswith("<|bos|><|user_start|>what is the town?<|user_end|><|assistant_start|> north<")
         assert len(model.prompts[0]) <= 256 - 32
     assert 1 < shown.count("what is the town?") < 40
 
