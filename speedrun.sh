@@ -9,12 +9,13 @@
 #   DEPTH=N                 layers of the GPU recipe's model (default 20)
 #   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
-#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RAG and
-#                                                 _RL are those of the stages after it
+#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RL,
+#                                                 _RAG and _REFRAG are those of the stages after it
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
 #   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500)
+#   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 200)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
-#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 12)
+#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 8)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 
@@ -78,20 +79,21 @@ cpu_run() {
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
-    local -a flags mid sft rag rl
+    local -a flags mid sft rag refrag rl
     # answers are sampled, as one who chats would and as reinforcement learning is rewarded
     local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
         --temperature=1 --top_k=0 --show=1)
-    read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=240}"
-    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=150}"
+    read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=210}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=120}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
-    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=50}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
+    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=8}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=40}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
-        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-12}" --lrs=0.01 --seeds=1 --lengths=256,1024
+        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-8}" --lrs=0.01 --seeds=1 --lengths=256,1024
     stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
         "${mid[@]}" --resume
     stage chat_eval_mid - python -m scripts.chat_eval -i mid "${chat[@]}"
@@ -107,6 +109,13 @@ cpu_run() {
         --follow_ups=8 --eval_every=0 "${rag[@]}" --resume
     stage rag_eval - python -m scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
         --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions=100
+    stage hop_data hop_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --world_size=base --chunk_tokens=0 \
+        --kinds=1hop,2hop,3hop,missing --questions=12000 --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
+    stage refrag_finetune "refrag_checkpoints/$TAG" python -m scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
+        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
+        --examples_per_step=8 "${refrag[@]}" --resume
+    stage refrag_eval - python -m scripts.rag_eval --mode multihop --model_tag="$TAG" \
+        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-200}"
 }
 
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
@@ -138,7 +147,7 @@ gpu_run() {
 
 GPUS="${GPUS:-$(count_gpus)}"
 if [ "$GPUS" = 0 ]; then TAG=tiny_hybrid; else TAG="d${DEPTH:-20}"; fi
-if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR"/{base,mid,sft,rag,rl}_checkpoints/"$TAG"; fi
+if [ -n "${FRESH:-}" ]; then rm -rf "$STAMPS" "$NANOCHAT_BASE_DIR"/{base,mid,sft,rag,refrag,rl}_checkpoints/"$TAG"{,_cold}; fi
 mkdir -p "$STAMPS"
 stage report_reset - python -m nanochat.report reset
 if [ "$GPUS" = 0 ]; then cpu_run; else gpu_run "$GPUS"; fi

@@ -9,6 +9,7 @@ block_pattern = "G"
 head_dim = 128
 max_seq_len = 512
 softcap = 0.0
+head_tie = 0.05
 matrix_lr = 0.01
 device_batch_size = 8
 total_batch_size = 4096

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 SMALL = "--max_seq_len=256 --device_batch_size=1 --total_batch_size=256 --eval_tokens=1024"
 STAGES = ["report_reset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss", "bench_arch", "mid_train"]
 STAGES += ["chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl"]
-STAGES += ["rag_data", "rag_finetune", "rag_eval"]
+STAGES += ["rag_data", "rag_finetune", "rag_eval", "hop_data", "refrag_finetune", "refrag_eval"]
 
 
 def start(base: Path, **env: str) -> subprocess.Popen[str]:
@@ -25,6 +25,8 @@ def start(base: Path, **env: str) -> subprocess.Popen[str]:
     short |= dict.fromkeys(("SPEEDRUN_MID", "SPEEDRUN_SFT", "SPEEDRUN_RAG"), "--num_iterations=3 --eval_tokens=1024")
     short["SPEEDRUN_PROBLEMS"] = short["SPEEDRUN_RAG_PROBLEMS"] = "4"
     short["SPEEDRUN_RL"] = "--num_iterations=2 --examples_per_step=2 --num_samples=2 --eval_examples=2"
+    short["SPEEDRUN_REFRAG"] = "--num_iterations=2 --eval_tokens=1024 --max_iterations=1 --num_samples=2"
+    short["SPEEDRUN_HOP_PROBLEMS"] = "4"
     short["SPEEDRUN_ARCH_SECONDS"] = "1"
     full = {**os.environ, "NANOCHAT_BASE_DIR": str(base), **short, **env}
     command = ["bash", str(REPO_DIR / "speedrun.sh")]
