@@ -200,17 +200,24 @@ def read(engine: Engine, ids: list[int], n_tokens: int, device: torch.device) ->
     return first - start, time.perf_counter() - first
 
 
-def measure_all(cfg: BenchContextConfig, found: list[Backbone], vocab_size: int) -> list[Row]:
-    """Every backbone at every number of documents, printed as it comes; a cell whose process was killed is left out."""
+def alone(f: Callable[..., Any], *args: Any) -> Any:
+    """f(*args) in a process that has done nothing else; None where it was killed or memory ran out."""
     context = get_context("forkserver")
     context.set_forkserver_preload(["scripts.bench_arch"])  # what takes long to import, once
+    try:
+        with ProcessPoolExecutor(1, context) as pool:
+            return pool.submit(f, *args).result()
+    except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+        return None
+
+
+def measure_all(cfg: BenchContextConfig, found: list[Backbone], vocab_size: int) -> list[Row]:
+    """Every backbone at every number of documents, printed as it comes; a cell whose process was killed is left out."""
     rows = []
     for n in sorted(map(int, given(cfg.documents))):
         for backbone in found:
-            try:
-                with ProcessPoolExecutor(1, context) as pool:
-                    row = pool.submit(measure, cfg, backbone, n, vocab_size, torch.get_num_threads()).result()
-            except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+            row = alone(measure, cfg, backbone, n, vocab_size, torch.get_num_threads())
+            if row is None:
                 row = {"backbone": backbone.name, "documents": n, "prompt_tokens": cfg.prompt(n)}
                 row |= {"left_out": "killed"}
             rows.append(row)
