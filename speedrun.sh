@@ -84,11 +84,11 @@ cpu_run() {
     local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
         --temperature=1 --top_k=0 --show=1)
     read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=210}"
-    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=120}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
     read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=8}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=40}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
@@ -100,7 +100,7 @@ cpu_run() {
     stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - python -m scripts.chat_eval -i sft "${chat[@]}"
     stage chat_rl "rl_checkpoints/$TAG" python -m scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=32 \
-        --task=Spelling,Spelling,SpellingBee,Arithmetic,WorldQA --init_lr_frac=0.3 --eval_every=0 "${rl[@]}" --resume
+        --task=Spelling,Spelling,Spelling,SpellingBee,Arithmetic,WorldQA --init_lr_frac=0.3 --eval_every=0 "${rl[@]}" --resume
     stage chat_eval_rl - python -m scripts.chat_eval -i rl "${chat[@]}"
     stage rag_data rag_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --max_facts=2 --questions=5000 \
         --kinds=1hop,1hop,1hop,1hop,counterfactual,missing --output="$NANOCHAT_BASE_DIR/rag_data" --overwrite

@@ -62,7 +62,8 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[Any]:
     except OSError as e:
         raise_disk_error(e, path)
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk this would hide what went wrong
+            tmp.unlink(missing_ok=True)
 
 
 def raise_disk_error(e: OSError, path: Path) -> None:
@@ -94,7 +95,7 @@ def read_json(path: Path, what: str = "file") -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{what} {path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{what} {path} is not valid JSON ({e}): restore it or make it again") from e
 
 

@@ -177,9 +177,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         )
     try:
         names = runpy.run_path(str(path))
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         line = getattr(e, "lineno", None)
-        raise UserError(f"{path}{f':{line}' if line else ''}: {type(e).__name__}: {e}") from e
+        raise UserError(f"{path}{f':{line}' if line else ''}: {type(e).__name__}: {e}; mend the file") from e
     return {k: v for k, v in names.items() if not k.startswith("_") and not isinstance(v, types.ModuleType)}
 
 

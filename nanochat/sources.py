@@ -100,7 +100,7 @@ class Reader:
                     continue
                 try:
                     value = json.loads(line.removeprefix("\ufeff"))
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     self._fault(f"{path}:{number}: not JSON ({e})")
                     continue
                 text = value.get("text", value.get("content")) if isinstance(value, dict) else None

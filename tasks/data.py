@@ -162,7 +162,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, Any]]:
                     yield n, json.loads(line)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except ValueError as e:
-        raise UserError(f"{path}:{n}: not a line of JSON ({e})") from e
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}:{n}: not a line of JSON ({e}): mend that line or remove it") from e
     except (OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{path} cannot be read after line {n} ({type(e).__name__}: {e})") from e
+        raise UserError(f"{path} cannot be read after line {n} ({type(e).__name__}: {e}): restore the file") from e

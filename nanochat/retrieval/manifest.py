@@ -96,7 +96,10 @@ def check_hashes(path: Path, manifest: Manifest) -> None:
     check_sizes(path, manifest)
     for name, saved in files(manifest).items():
         if sha256_file(path / name) != saved["sha256"]:
-            raise UserError(f"{path / name} is damaged: its sha256 is not the one it was written with")
+            raise UserError(
+                f"{path / name} is damaged: its sha256 is not the one it was written with; "
+                "restore it or build the base again"
+            )
 
 
 class MissingFile(UserError):

@@ -140,7 +140,7 @@ def parse(raw: bytes) -> dict[str, Any]:
         return checked_object(json.loads(raw.decode("utf-8")))
     except UnicodeDecodeError as e:
         raise UserError(f"not UTF-8 (byte {e.object[e.start]:#04x} at {e.start} of the line)") from e
-    except (json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # a number of 5,000 digits is a plain ValueError
         raise UserError(f"not JSON ({e})") from e
 
 
