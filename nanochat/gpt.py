@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
 from nanochat.config import UserError
 from nanochat.kernels import Kernels, choose
-from nanochat.layers import Embedding, Head, Rotary, init_normal, norm, set_compute_dtype
+from nanochat.layers import Embedding, Head, Linear, Rotary, init_normal, norm, set_compute_dtype
 from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
 
 ROLES = ("matrix", "embedding", "unembedding", "scalar", "ssm")  # matrix goes to Muon, the others to AdamW
@@ -62,7 +62,7 @@ class GPT(nn.Module):
         self.config = config = dataclasses.replace(config, block_pattern=pattern)
         self.embed = Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(build(entry, config, i) for i, entry in enumerate(pattern))
-        self.head = Head(self.embed, config.head_tie)
+        self.head: Linear = Head(self.embed, config.head_tie)
         if config.residual_scalars:
             self.x_scale = nn.Parameter(torch.empty(config.n_layer))
             self.x0_scale = nn.Parameter(torch.empty(config.n_layer))

@@ -33,6 +33,16 @@ PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+REFUSED: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": api.ErrorBody, "description": "Refused: error.message says why"},
+    "5XX": {"model": api.ErrorBody, "description": "No answer: it took too long, or the server is at fault"},
+}
+STREAMS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The answer, or with `stream` its chunks as server-sent events",
+        "content": {"text/event-stream": {}},
+    }
+}
 
 
 def make_app(service: Service) -> FastAPI:
@@ -54,7 +64,7 @@ def make_app(service: Service) -> FastAPI:
         if service.kb is not None:
             service.kb.close()
 
-    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(title="nanochat", lifespan=lifespan, docs_url=None, redoc_url=None, responses=REFUSED)
     settings = service.settings
     app.add_middleware(
         Gate, limit=settings.max_body_bytes, seconds=settings.body_seconds, api_key=settings.api_key,
@@ -103,7 +113,7 @@ def _invalid(request: Request, e: Exception) -> JSONResponse:
 def add_answers(app: FastAPI, service: Service) -> None:
     model = service.settings.model
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMS)
     async def chat(body: api.ChatBody, http: Request) -> Response:
         exchange = service.exchange()
         request, prompt = await run_in_threadpool(service.chat, body, exchange)
@@ -112,7 +122,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
             return EventStream(exchange, streams.chat_chunks(exchange, prompt, model, body.include_usage))
         return _json(await exchange.unless_gone(http, streams.chat_answer(exchange, prompt, model)))
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMS)
     async def complete(body: api.CompletionBody, http: Request) -> Response:
         exchange = service.exchange()
         exchange.submit(await run_in_threadpool(service.complete, body, exchange))
@@ -120,7 +130,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
             return EventStream(exchange, streams.completion_chunks(exchange, model, body.include_usage))
         return _json(await exchange.unless_gone(http, streams.completion_answer(exchange, model)))
 
-    @app.post("/chat/completions", response_model=None)
+    @app.post("/chat/completions", response_model=None, responses=STREAMS)
     async def old_chat(body: api.ChatBody) -> Response:
         exchange = service.exchange()
         request, _ = await run_in_threadpool(service.chat, body.model_copy(update={"n": 1}), exchange)

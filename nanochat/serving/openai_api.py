@@ -6,15 +6,45 @@ Unknown fields are left alone; known ones that it cannot honour are refused (`un
 import base64
 import secrets
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from nanochat.config import UserError
 from nanochat.serving.functions import Function, FunctionCall, Functions
 from nanochat.serving.request import Chosen, End, Sampling
 
+# What the document says of a message and a tool; nanochat/serving/prompts.py says what is wrong with one in words.
+TEXT = {"type": "string"}
+PART = {"type": "object", "properties": {"type": {"const": "text"}, "text": TEXT}, "required": ["type", "text"]}
+MESSAGE = {
+    "type": "object",
+    "properties": {
+        "role": {"enum": ["user", "system", "developer", "assistant", "tool"]},
+        "content": {"anyOf": [TEXT, {"type": "array", "items": PART}, {"type": "null"}]},
+        "tool_calls": {"type": "array", "items": {"type": "object"}},
+    },
+    "required": ["role"],
+}
+FUNCTION = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$"},
+        "description": TEXT,
+        "parameters": {"type": "object"},
+    },
+    "required": ["name"],
+}
+TOOL = {
+    "type": "object",
+    "properties": {"type": {"const": "function"}, "function": FUNCTION},
+    "required": ["type", "function"],
+}
+Messages = Annotated[
+    list[dict[str, Any]], Field(min_length=1), WithJsonSchema({"type": "array", "items": MESSAGE, "minItems": 1})
+]
+Tools = Annotated[list[dict[str, Any]], WithJsonSchema({"type": "array", "items": TOOL, "maxItems": 64})]
 MAX_STOPS, MAX_STOP_CHARS, MAX_TOP_LOGPROBS, MAX_FUNCTIONS = 16, 256, 20, 64
 
 
@@ -63,11 +93,11 @@ class SamplingBody(BaseModel):
 
 
 class ChatBody(SamplingBody):
-    messages: list[dict[str, Any]] = Field(min_length=1)
+    messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
     retrieval: bool | dict[str, Any] | None = None
@@ -134,6 +164,19 @@ class EmbeddingBody(BaseModel):
     input: str | list[str] | list[int] | list[list[int]]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every error; made by gate.error."""
+
+    error: ErrorDetail
 
 
 def token_rows(given: str | list, tokenizer: Any) -> list[list[int]]:

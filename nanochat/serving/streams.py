@@ -79,8 +79,9 @@ async def chat_chunks(exchange: Exchange, prompt: Prompt, model: str, include_us
                 if event.text:
                     yield chunk(event.choice, {"content": event.text})
                 total += event.n_tokens
-                delta = api.tool_calls(event.call, index=True)
-                yield chunk(event.choice, delta, event.reason, **api.more(event, prompt))
+                if event.call is not None:
+                    yield chunk(event.choice, api.tool_calls(event.call, index=True))
+                yield chunk(event.choice, {}, event.reason, **api.more(event, prompt))
     except Refusal as e:
         yield sse(error_body(e.status, str(e), e.code))
     else:
