@@ -13,7 +13,7 @@
 #                                                 _RAG and _REFRAG are those of the stages after it
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
 #   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500)
-#   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 200)
+#   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 8)
 set -euo pipefail
@@ -87,7 +87,7 @@ cpu_run() {
     read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
     read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
-    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=8}"
+    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
     read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
@@ -115,7 +115,7 @@ cpu_run() {
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
         --examples_per_step=8 "${refrag[@]}" --resume
     stage refrag_eval - python -m scripts.rag_eval --mode multihop --model_tag="$TAG" \
-        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-200}"
+        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-100}"
 }
 
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a

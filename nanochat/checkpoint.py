@@ -80,13 +80,21 @@ MODEL_FILES = ("meta.json", "model.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What load_checkpoint read. A part that was not wanted, or that this rank never saved, is None."""
+    """What load_checkpoint read. A part that was not wanted, or that this rank never saved, is None.
+
+    Of a checkpoint saved by another number of ranks, `optim` holds the tensors of all of them.
+    """
 
     step: int
     model: dict[str, Tensor] | None
     optim: dict[str, Tensor] | None
-    state: dict[str, Any] | None
+    states: list[dict[str, Any]]  # this rank's, or, saved by another number of ranks, that of each of them
     meta: dict[str, Any]
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """This rank's, or that of rank 0 where another number of ranks saved."""
+        return self.states[0] if self.states else None
 
 
 def checkpoint_dir(source: str, model_tag: str) -> Path:
@@ -153,6 +161,8 @@ def save_checkpoint(
             on_error.callback(shutil.rmtree, tmp, ignore_errors=True)
 
         def write_own() -> Files:
+            if not tmp.is_dir():
+                raise UserError(f"{tmp}, made by rank 0, is not here: all hosts must share the disk of {directory}")
             if need > shutil.disk_usage(tmp).free:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             made = {name: write_file(tmp / name, safetensors_bytes(group)) for name, group in tensors.items()}
@@ -222,38 +232,54 @@ def load_checkpoint(
     *,
     rank: int = 0,
     world_size: int | None = None,
+    any_ranks: bool = False,
     device: str | torch.device = "cpu",
     want: Collection[str] = ("model", "optim", "state"),
 ) -> Checkpoint:
     """Read a step (default: the newest whole one) after checking its hashes. `state` always lies on the CPU.
 
-    world_size: when given, the checkpoint must have been saved by as many ranks; with more than one, all ranks call
-    together and rank 0 picks the step. UserError for a step that is absent or damaged, with the newest good one.
+    world_size: when given, the checkpoint must have been saved by as many ranks, unless any_ranks; with more than one,
+    all ranks call together and rank 0 picks the step. UserError for a step that is absent or damaged, with the newest
+    good one.
     """
     directory = Path(directory)
-    files = {"model": ["model.safetensors"], "optim": [f"optim_rank{rank}.safetensors"]}
-    files["state"] = [f"state_rank{rank}.json", f"state_rank{rank}.safetensors"]
-    if unknown := set(want) - set(files):
-        raise ValueError(f"want={sorted(unknown)}: expected some of {', '.join(files)}")
+    if unknown := set(want) - {"model", "optim", "state"}:
+        raise ValueError(f"want={sorted(unknown)}: expected some of model, optim, state")
     if step is None:
         step = _agreed_newest(directory, rank, world_size or 1)  # every file hashed
     else:
-        verify(directory, step, ["meta.json", *(name for part in want for name in files[part])])
+        verify(directory, step, None if any_ranks else ["meta.json", *(n for p in want for n in _files_of(p, rank))])
     folder = folder_of(directory, step)
     meta, saved = read_json(folder / "meta.json"), read_manifest(folder)["files"]
+    ranks = [rank]
     if world_size is not None and world_size != meta["world_size"]:
-        raise UserError(
-            f"{folder} was saved by {meta['world_size']} processes, this run has {world_size}: "
-            f"start it with torchrun --nproc_per_node={meta['world_size']}"
-        )
+        if not any_ranks:
+            raise UserError(
+                f"{folder} was saved by {meta['world_size']} processes, this run has {world_size}: "
+                f"start it with torchrun --nproc_per_node={meta['world_size']}"
+            )
+        ranks = list(range(meta["world_size"]))
 
-    def tensors(part: str, device: str) -> dict[str, Tensor] | None:
-        name = files[part][-1]
+    def tensors(part: str, rank: int, device: str) -> dict[str, Tensor] | None:
+        name = _files_of(part, rank)[-1]
         return read_tensors(folder / name, device) if part in want and name in saved else None
 
-    packed = tensors("state", "cpu")
-    state = None if packed is None else unpack(read_json(folder / files["state"][0]), packed)
-    return Checkpoint(step, tensors("model", str(device)), tensors("optim", str(device)), state, meta)
+    optims = [t for r in ranks if (t := tensors("optim", r, str(device))) is not None]
+    packed = [(_files_of("state", r)[0], t) for r in ranks if (t := tensors("state", r, "cpu")) is not None]
+    return Checkpoint(
+        step,
+        tensors("model", rank, str(device)),
+        {name: t for optim in optims for name, t in optim.items()} if optims else None,
+        [unpack(read_json(folder / name), t) for name, t in packed],
+        meta,
+    )
+
+
+def _files_of(part: str, rank: int) -> list[str]:
+    """The files of a part of a checkpoint, the one with its tensors last."""
+    if part == "model":
+        return ["model.safetensors"]
+    return [f"state_rank{rank}.json"] * (part == "state") + [f"{part}_rank{rank}.safetensors"]
 
 
 def _agreed_newest(directory: Path, rank: int, world_size: int) -> int:

@@ -30,7 +30,7 @@ STAGE_KEYS = frozenset(
     num_iterations target_flops target_param_data_ratio device_batch_size total_batch_size grad_clip weight_decay
     embedding_lr unembedding_lr matrix_lr scalar_lr init_lr_frac warmup_ratio warmdown_ratio final_lr_frac
     momentum run model_tag step source resume save_every keep_last eval_every eval_tokens sample_every log_every
-    core_metric_every core_metric_max_per_task compile dtype device device_type kernels seed track base_dir
+    core_metric_every core_metric_max_per_task compile parallel dtype device device_type kernels seed track base_dir
     knowledge_base retriever_type top_k max_doc_length max_hops top_k_per_hop use_rewards max_iterations
     insert_position base_tasks task_samples num_epochs target_examples_per_step eval_steps grad_accum_steps
     reward_weight_answer reward_weight_relevance reward_weight_efficiency dry_run resume_from_step

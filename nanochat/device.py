@@ -1,19 +1,29 @@
 """The device, the compute dtype and the ranks of a run: the only place that asks torch what this machine can do."""
 
 import atexit
+import contextlib
 import datetime
 import gc
 import os
+import re
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn as nn
+from torch import Tensor
 
 from nanochat.common import cpu_flags, cpu_has_bf16
 from nanochat.config import UserError
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets (without sparsity), for MFU.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
+
+
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out waiting")  # gloo's words
+GO_ON = "start the job again with --resume to go on from its newest checkpoint"
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,28 @@ def init_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         atexit.register(_abandon_ranks)
+        signal.signal(signal.SIGTERM, lambda *_: _told_to_stop(ranks))
     return ranks, device
+
+
+def _told_to_stop(ranks: Ranks) -> None:
+    """torchrun ends the ranks that are left with SIGTERM when one of them fails: say so, then end as before."""
+    text = f"error: rank {ranks.rank} was told to stop, as when another rank has failed: {GO_ON}\n"
+    os.write(2, text.encode())  # print() may be what was interrupted
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Turn what torch raises where another rank has gone or is silent into one line."""
+    try:
+        yield
+    except RuntimeError as e:
+        if ranks.world_size == 1 or not (isinstance(e, dist.DistError) or any(text in str(e) for text in LOST)):
+            raise
+        said = re.sub(r"^\[\S+\] ", "", str(e)).splitlines()[0].split(". ")[0]  # without the place in torch's source
+        raise UserError(f"rank {ranks.rank} has lost another rank ({said}): {GO_ON}") from e
 
 
 def leave_ranks() -> None:
@@ -101,6 +132,86 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
     return value
+
+
+# ---- sharded models (FSDP2) ----
+# torch.distributed.tensor is imported where it is used: it costs half a second, and most runs shard nothing.
+
+
+def shard_model(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """From here on each rank holds its rows of every parameter (rows_of), as DTensor, and gets its rows of the summed
+    gradient.
+
+    A block is put together for its own forward and backward, what is outside the blocks for the whole of them. FSDP2
+    of torch.distributed.fsdp, whose idea is that of arXiv 2304.11277.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*blocks, model):
+        sharded = fully_shard(part, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)  # a sum, as all_reduce_sum makes it; the average is not gloo's to make
+        sharded.set_force_sum_reduction_for_comms(True)
+        if device.type == "cpu":  # what the native kernels have seen as numpy cannot be freed
+            sharded.set_keep_unsharded_storage(True, recurse=False)
+
+
+def rows_of(rows: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first, end) of a parameter's rows on a rank: equal shares rounded up, as torch cuts them, the last ones less."""
+    size = -(-rows // world_size)
+    return min(rank * size, rows), min((rank + 1) * size, rows)
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Whether this is a DTensor."""
+    return hasattr(t, "full_tensor")
+
+
+def local(t: Tensor) -> Tensor:
+    """The rows of a sharded tensor that are here, as a view; a plain tensor itself."""
+    return t.detach().to_local() if is_sharded(t) else t  # pyrefly: ignore
+
+
+def whole_tensors(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Sharded tensors put together on the CPU, one by one, plain ones as they are; {} on ranks that do not keep them.
+
+    All ranks call it together."""
+    whole = {}
+    for name, t in tensors.items():
+        full = t.full_tensor() if is_sharded(t) else t  # pyrefly: ignore
+        if keep:
+            whole[name] = full.cpu() if is_sharded(t) else full
+    return whole
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """load_state_dict of whole tensors, of which a sharded model takes its rows."""
+    own = model.state_dict()
+    if any(is_sharded(t) for t in own.values()):
+        tensors = {name: _rows_like(t, own[name]) if name in own else t for name, t in tensors.items()}
+    model.load_state_dict(tensors)
+
+
+def _rows_like(whole: Tensor, own: Tensor) -> Tensor:
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(own, DTensor):
+        return whole
+    return distribute_tensor(whole.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within, a sharded model is whole on every rank, so that each may use it alone. All ranks enter together."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)  # pyrefly: ignore
+        part.unshard()  # pyrefly: ignore
+    yield
+    for part in parts:
+        part.set_reshard_after_forward(part is not model, recurse=False)  # pyrefly: ignore
+        part.reshard()  # pyrefly: ignore
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

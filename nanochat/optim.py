@@ -1,12 +1,16 @@
-"""Muon for matrices, AdamW for the rest; one process or sharded over ranks (each rank keeps 1/W of the moments).
+"""Muon for matrices, AdamW for the rest; one process, or ranks that each keep 1/W of the moments (and, where the model
+is sharded, of the parameters).
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
 four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own, fed with
-slices of the parameters.
+slices of the parameters. Which rank keeps which moments is the same whether the model is sharded or not, and any number
+of ranks can go on from what another has saved.
 """
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -14,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.device import Ranks
+from nanochat.device import Ranks, is_sharded, local, rows_of
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al., chosen for slope at zero; singular values land in 0.7..1.2
 NS_STEPS = 4  # LOG 2026-11-21: 5 costs 2 % more time for the same loss
@@ -32,6 +36,11 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]\.step")
+PIECE = re.compile(r"(\[\d+:\d+\])?\.\w+$")  # what state_tensors() appends to a parameter's name
+
+
 @dataclass
 class _Matrices:
     """The matrices of one shape; this rank updates `mine` and keeps their momentum (len(mine), R, C)."""
@@ -45,6 +54,7 @@ class _Matrices:
 class MuonAdamW:
     """The optimizer of every stage. Gradients are read from param.grad after the ranks have summed them.
 
+    A model that is sharded (device.shard_model) must be so before: each rank then steps the rows it holds.
     groups: role -> parameters (GPT.param_groups); lrs: role -> base learning rate. 'matrix' goes to Muon.
     """
 
@@ -61,9 +71,11 @@ class MuonAdamW:
     ) -> None:
         self.ranks, self.lrs, self.weight_decay, self.dtype = ranks or Ranks(), lrs, weight_decay, dtype
         self.params = [p for params in groups.values() for p in params]
+        self.sharded = any(is_sharded(p) for p in self.params)
         names = {id(p): n for n, p in model.named_parameters()}
         self.matrices = self._group_by_shape(groups["matrix"], names)
         self.shards: dict[str, Tensor] = {}  # name[lo:hi] -> the slice of a parameter this rank updates
+        self._sliced = {names[id(p)] for role, params in groups.items() if role != "matrix" for p in params}
         self._shard_of: list[tuple[nn.Parameter, Tensor, int, int]] = []
         adam_groups = []
         for role, params in groups.items():
@@ -86,10 +98,9 @@ class MuonAdamW:
 
     def _shard(self, param: nn.Parameter, name: str) -> Tensor:
         """The rows of param this rank updates, as a view: stepping it changes the parameter itself."""
-        rows, world = param.size(0), self.ranks.world_size
-        size = -(-rows // world)
-        lo, hi = min(self.ranks.rank * size, rows), min((self.ranks.rank + 1) * size, rows)
-        shard = param.detach()[lo:hi]
+        lo, hi = rows_of(param.size(0), self.ranks.rank, self.ranks.world_size)
+        shard = local(param) if self.sharded else param.detach()[lo:hi]
+        assert len(shard) == hi - lo
         if shard.numel():
             self.shards[f"{name}[{lo}:{hi}]"] = shard
         self._shard_of.append((param, shard, lo, hi))
@@ -99,27 +110,56 @@ class MuonAdamW:
     def step(self, lr_scale: float = 1.0, momentum: float = 0.95) -> None:
         """One update from param.grad, then the ranks exchange what each has updated."""
         for param, shard, lo, hi in self._shard_of:
-            shard.grad = _grad(param)[lo:hi]
+            shard.grad = local(_grad(param)) if self.sharded else _grad(param)[lo:hi]
         for group in self.adamw.param_groups:
             group["lr"] = self.lrs[group["role"]] * lr_scale
         self.adamw.step()
         for m in self.matrices:
             self._muon_step(m, self.lrs["matrix"] * lr_scale, momentum)
-        if self.ranks.world_size > 1:
+        if self.ranks.world_size > 1 and not self.sharded:
             self._exchange()
 
     def _muon_step(self, m: _Matrices, lr: float, momentum: float) -> None:
-        if not m.mine:
+        if not (m.mine or self.sharded):
             return
-        grads = torch.stack([_grad(m.params[i]) for i in m.mine]).float()  # (n, R, C)
+        grads = self._to_owners(m) if self.sharded else torch.stack([_grad(m.params[i]) for i in m.mine]).float()
         m.momentum.lerp_(grads, 1 - momentum)
-        update = orthogonalize(grads.lerp_(m.momentum, momentum), self.dtype)  # Nesterov
+        update = orthogonalize(grads.lerp_(m.momentum, momentum), self.dtype)  # Nesterov, (n, R, C)
         rows, cols = update.shape[1:]
         scale = lr * max(1.0, rows / cols) ** 0.5
-        for i, u in zip(m.mine, update, strict=True):
+        own = [(m.params[i], u) for i, u in zip(m.mine, update, strict=True)]
+        for p, u in self._to_rows(m, update) if self.sharded else own:
             if self.weight_decay:
-                m.params[i].mul_(1 - lr * self.weight_decay)
-            m.params[i].add_(u, alpha=-scale)
+                p.mul_(1 - lr * self.weight_decay)
+            p.add_(u, alpha=-scale)
+
+    def _to_owners(self, m: _Matrices) -> Tensor:
+        """Every rank sends its rows of each gradient to the rank that updates it -> those of this rank, (n, R, C)."""
+        n, (R, C), by_owner, rows = len(m.mine), m.params[0].shape, self._by_owner(m), self._rows(m)
+        send = torch.cat([local(_grad(m.params[i])).flatten() for i in chain(*by_owner)])
+        get, give = [n * k * C for k in rows], [len(owned) * rows[self.ranks.rank] * C for owned in by_owner]
+        received = send.new_empty(n * R * C)
+        dist.all_to_all_single(received, send, get, give)
+        return torch.cat([part.view(n, k, C) for part, k in zip(received.split(get), rows, strict=True)], dim=1)
+
+    def _to_rows(self, m: _Matrices, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The way back: update (n, R, C) -> (rows of a matrix that are here, their update) for every matrix."""
+        n, C, by_owner, rows = len(m.mine), update.size(2), self._by_owner(m), self._rows(m)
+        send = torch.cat([part.flatten() for part in update.split(rows, dim=1)])
+        get, give = [len(owned) * rows[self.ranks.rank] * C for owned in by_owner], [n * k * C for k in rows]
+        received = send.new_empty(sum(get))
+        dist.all_to_all_single(received, send, get, give)
+        updates = received.view(len(m.params), rows[self.ranks.rank], C)
+        return [(local(m.params[i]), u) for i, u in zip(chain(*by_owner), updates, strict=True)]
+
+    def _by_owner(self, m: _Matrices) -> list[range]:
+        """The matrices each rank updates."""
+        return [range(r, len(m.params), self.ranks.world_size) for r in range(self.ranks.world_size)]
+
+    def _rows(self, m: _Matrices) -> list[int]:
+        """How many rows of a matrix each rank holds."""
+        ends = [rows_of(m.params[0].size(0), r, self.ranks.world_size) for r in range(self.ranks.world_size)]
+        return [hi - lo for lo, hi in ends]
 
     def _exchange(self) -> None:
         """Every rank sends what it owns: matrices one by one, sliced parameters slice by slice."""
@@ -146,23 +186,44 @@ class MuonAdamW:
         return out
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Restore state_tensors(). Raises UserError when they belong to another model or number of ranks."""
-        expected = {f"{m.names[i]}.momentum" for m in self.matrices for i in m.mine}
-        expected |= {f"{name}.{key}" for name in self.shards for key in ("step", "exp_avg", "exp_avg_sq")}
-        if tensors and set(tensors) != expected:
-            odd = sorted(set(tensors) ^ expected)[0]
-            raise UserError(
-                f"the optimizer state does not fit this model or number of ranks (first difference: {odd}): "
-                f"resume with the ranks and the config it was saved with"
-            )
+        """Restore state_tensors() of this rank, or those of all ranks, of any number, together.
+
+        Raises UserError when they belong to another model, or lack what this rank needs."""
         if not tensors:
             return
+        tensors = _cut_anew(tensors, self.shards)
+        expected = {f"{m.names[i]}.momentum" for m in self.matrices for i in m.mine}
+        expected |= {f"{name}.{key}" for name in self.shards for key in ADAMW_STATE}
+        known = {name for m in self.matrices for name in m.names} | self._sliced
+        if odd := sorted((expected - set(tensors)) | {t for t in tensors if PIECE.sub("", t) not in known}):
+            raise UserError(
+                f"the optimizer state does not fit this model or number of ranks (first difference: {odd[0]}): "
+                f"resume with the ranks and the config it was saved with"
+            )
         for m in self.matrices:
             for j, i in enumerate(m.mine):
                 m.momentum[j].copy_(tensors[f"{m.names[i]}.momentum"])
         for name, shard in self.shards.items():
-            moments = {k: tensors[f"{name}.{k}"].to(shard.device, copy=True) for k in ("exp_avg", "exp_avg_sq")}
-            self.adamw.state[shard] = {"step": tensors[f"{name}.step"].clone(), **moments}
+            self.adamw.state[shard] = {k: tensors[f"{name}.{k}"].to(shard.device, copy=True) for k in ADAMW_STATE}
+
+
+def _cut_anew(tensors: dict[str, Tensor], shards: Iterable[str]) -> dict[str, Tensor]:
+    """State tensors, and among them those of `shards` (name[lo:hi]) made from slices that were cut elsewhere."""
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for found in (SLICE.fullmatch(t) for t in tensors if t.endswith(".step")):
+        if found:
+            pieces.setdefault(found[1], []).append((int(found[2]), int(found[3])))
+    out = dict(tensors)
+    for shard in (s for s in shards if f"{s}.step" not in tensors):
+        name, lo, hi = SLICE.fullmatch(f"{shard}.step").groups()  # pyrefly: ignore
+        lo, hi = int(lo), int(hi)
+        parts = [(a, b) for a, b in sorted(pieces.get(name, [])) if a < hi and b > lo]
+        if sum(min(b, hi) - max(a, lo) for a, b in parts) == hi - lo:
+            out[f"{shard}.step"] = tensors[f"{name}[{parts[0][0]}:{parts[0][1]}].step"]
+            for key in ("exp_avg", "exp_avg_sq"):
+                rows = [tensors[f"{name}[{a}:{b}].{key}"][max(lo - a, 0) : hi - a] for a, b in parts]
+                out[f"{shard}.{key}"] = torch.cat(rows)
+    return out
 
 
 def _grad(param: nn.Parameter) -> Tensor:

@@ -45,7 +45,7 @@ from nanochat.checkpoint import (
 )
 from nanochat.common import atomic_write
 from nanochat.config import UserError
-from nanochat.device import Ranks, all_reduce_sum
+from nanochat.device import Ranks, all_reduce_sum, load_weights, local, whole_tensors
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum
 
@@ -122,11 +122,12 @@ class Run:
         with atomic_write(self.metrics_path, "w") as f:
             f.writelines(kept)
 
-    def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this run on this rank, or None."""
+    def newest(self, any_ranks: bool = False) -> Checkpoint | None:
+        """The newest whole checkpoint of this run on this rank, or None. any_ranks: also of another number of ranks."""
         if not list_steps(self.dir):
             return None
-        return load_checkpoint(self.dir, rank=self.ranks.rank, world_size=self.ranks.world_size)
+        ranks = self.ranks
+        return load_checkpoint(self.dir, rank=ranks.rank, world_size=ranks.world_size, any_ranks=any_ranks)
 
     def close(self) -> None:
         """End the tracker's run and leave the other ranks."""
@@ -233,7 +234,7 @@ class Loop:
 
     def backward(self, loss: Tensor, tokens: int) -> None:
         """Add the gradient of a summed loss over `tokens` targets. The update divides by all tokens of the step."""
-        if tokens:
+        if tokens or self.optimizer.sharded:  # the ranks of a sharded model go through it together
             loss.backward()
         self._loss += loss.detach()
         self._count += tokens
@@ -259,9 +260,13 @@ class Loop:
         loss, tokens = totals.tolist()
         for p in self.optimizer.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            all_reduce_sum(p.grad)
+            if not self.optimizer.sharded:  # there backward() has summed them
+                all_reduce_sum(p.grad)
         self._tokens_of_step = int(tokens)
-        return (loss / tokens if tokens else 0.0), average_gradients(self.optimizer.params, tokens, self.grad_clip)
+        return (loss / tokens if tokens else 0.0), self._average(tokens)
+
+    def _average(self, tokens: float) -> float:
+        return average_gradients(self.optimizer.params, tokens, self.grad_clip, self.optimizer.sharded)
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         self.bad_steps += 1
@@ -330,7 +335,7 @@ class Loop:
         save_checkpoint(
             self.run.dir,
             self.step,
-            model=self.model.state_dict(),
+            model=whole_tensors(self.model.state_dict(), keep=self.run.ranks.main),
             optim=self.optimizer.state_tensors(),
             state={
                 "caller": state or {},
@@ -349,16 +354,39 @@ class Loop:
 
         Returns what the caller gave to save(), {} for a new run.
         """
-        newest = self.run.newest()
+        newest = self._newest(resume)
+        return {} if newest is None else self.restore(newest)
+
+    def begin_streams(self, resume: bool) -> list[dict[str, Any]]:
+        """begin() where save() is given {"streams": [a cursor for each stream of data this rank reads]}: any number of
+        ranks by which the streams can be divided may go on. -> cursors of this rank's streams, [] for a new run."""
+        newest = self._newest(resume, any_ranks=True)
+        if newest is None:
+            return []
+        self.restore(newest)
+        streams = [cursor for state in newest.states for cursor in _streams(state["caller"])]
+        ranks = self.run.ranks
+        if newest.meta["world_size"] == ranks.world_size:
+            return streams
+        if len(streams) % ranks.world_size:
+            raise UserError(
+                f"the text of {self.run.dir.name} is dealt in {len(streams)} streams, one for each rank it began with: "
+                f"resume with a number of ranks that divides {len(streams)}, not {ranks.world_size}"
+            )
+        self.run.print(f"saved by {newest.meta['world_size']} ranks, going on with {ranks.world_size}")
+        return sorted(streams, key=lambda cursor: cursor["rank"])[ranks.rank :: ranks.world_size]
+
+    def _newest(self, resume: bool, any_ranks: bool = False) -> Checkpoint | None:
+        """The checkpoint to go on from, None for a new run; UserError where there is one and nobody asked to go on."""
+        newest = self.run.newest(any_ranks)
         if newest is None:
             self.run.forget_after(-1)
-            return {}
-        if not resume:
+        elif not resume:
             raise UserError(
                 f"{self.run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
                 f"or choose another --model_tag, or remove the folder"
             )
-        return self.restore(newest)
+        return newest
 
     def restore(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Continue from a checkpoint of this run, exactly as if nothing had happened -> the caller's state."""
@@ -370,7 +398,7 @@ class Loop:
                     f"({_difference(checkpoint.meta.get(key), self.meta[key])}): "
                     f"resume with what it was trained with, or choose another --model_tag"
                 )
-        self.model.load_state_dict(checkpoint.model)
+        load_weights(self.model, checkpoint.model)
         self.optimizer.load_state_tensors(checkpoint.optim or {})
         state = checkpoint.state
         self.step = checkpoint.step
@@ -384,11 +412,21 @@ class Loop:
         return state["caller"]
 
 
-def average_gradients(params: list[torch.nn.Parameter], tokens: float, clip: float) -> float:
-    """Divide summed gradients by the tokens of the step and clip their norm, in one pass -> the norm before that."""
-    grads = [p.grad for p in params if p.grad is not None]
+def _streams(caller: dict[str, Any]) -> list[dict[str, Any]]:
+    """What base_train saved; before it knew streams, that was the cursor itself."""
+    return caller.get("streams", [caller])
+
+
+def average_gradients(params: list[torch.nn.Parameter], tokens: float, clip: float, sharded: bool = False) -> float:
+    """Divide summed gradients by the tokens of the step and clip their norm, in one pass -> the norm before that.
+
+    Of a sharded model each rank has its rows of every gradient, and the norm is that of all rows."""
+    grads = [local(p.grad) if sharded else p.grad for p in params if p.grad is not None]
     scale = 1.0 / max(tokens, 1.0)
-    norm = scale * float(torch.stack(torch._foreach_norm(grads)).norm())
+    norms = torch.stack(torch._foreach_norm(grads)).norm()
+    if sharded:
+        norms = all_reduce_sum(norms.square()).sqrt()
+    norm = scale * float(norms)
     if clip and norm > clip:
         scale *= clip / norm
     torch._foreach_mul_(grads, scale)

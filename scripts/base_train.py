@@ -2,6 +2,7 @@
 
 python -m scripts.base_train configs/tiny_transformer.py
 torchrun --standalone --nproc_per_node=8 -m scripts.base_train configs/transformer_d20.py --device_batch_size=16
+Several hosts, sharded models, another number of ranks: docs/scaling.md.
 """
 
 import dataclasses
@@ -14,12 +15,12 @@ import torch
 
 from nanochat.blocks import entry_names
 from nanochat.common import git_state, run_script
-from nanochat.config import load_config
+from nanochat.config import UserError, load_config
 from nanochat.core_bundle import CORE_TASKS, core_folder
 from nanochat.core_eval import GPTScorer, core, evaluate_core
-from nanochat.dataloader import PackedLoader, document_index, val_windows
+from nanochat.dataloader import Batch, PackedLoader, document_index, val_windows
 from nanochat.dataset import shard_paths
-from nanochat.device import Ranks
+from nanochat.device import Ranks, gathered, lost_ranks, shard_model
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
@@ -111,10 +112,17 @@ class BaseTrainConfig:
         "auto"
     )
     kernels: Annotated[Literal["auto", "fast", "reference"], "which implementations run"] = "auto"
+    parallel: Annotated[Literal["ddp", "fsdp"], "of several ranks each holds the model: ddp, or its share: fsdp"] = (
+        "ddp"
+    )
     compile: Annotated[bool, "torch.compile the model (pays on GPUs; on a CPU see docs/LOG.md)"] = False
     seed: Annotated[int, "of the weights and the data order"] = 42
 
     def __post_init__(self) -> None:
+        if self.compile and self.parallel == "fsdp":
+            raise ValueError(
+                "--parallel=fsdp does not work with --compile: add --compile=false, or take --parallel=ddp"
+            )
         if self.depth < 1 or self.device_batch_size < 1 or self.max_seq_len < 2:
             raise ValueError(
                 f"depth={self.depth}, device_batch_size={self.device_batch_size}, max_seq_len={self.max_seq_len}: "
@@ -184,6 +192,8 @@ def main(argv: list[str]) -> None:
     ranks, T = run.ranks, cfg.max_seq_len
     grad_accum = cfg.grad_accum(ranks.world_size)
     model, kernels = build_model(config, run.device, run.dtype, cfg.kernels, cfg.seed)
+    if cfg.parallel == "fsdp" and ranks.world_size > 1:
+        shard_model(model, model.layers, run.device)
     tokens_per_step = cfg.total_batch_size or cfg.device_batch_size * T * ranks.world_size
     num_iterations = cfg.iterations(model, tokens_per_step)
     describe(
@@ -199,11 +209,15 @@ def main(argv: list[str]) -> None:
             "tokenizer_hash": tokenizer.hash, "kernels": kernels, "git": git_state(),
         },
     )  # fmt: skip
-    cursor = loop.begin(cfg.resume)  # where to go on in the data
-    batches = PackedLoader(
-        train_shards, tokenizer, cfg.device_batch_size, T, rank=ranks.rank, world_size=ranks.world_size,
-        device=run.device, cursor=cursor or None,
-    )  # fmt: skip
+    cursors = loop.begin_streams(cfg.resume)  # where to go on in the data
+    batches = Streams([
+        PackedLoader(
+            train_shards, tokenizer, cfg.device_batch_size, T, device=run.device, cursor=cursor,
+            rank=cursor["rank"] if cursor else ranks.rank,
+            world_size=cursor["world_size"] if cursor else ranks.world_size,
+        )
+        for cursor in cursors or [None]
+    ], cursors or [{}], grad_accum)  # fmt: skip
     val_x, val_y = (t.to(run.device) for t in val_windows(val_shards, tokenizer, T, cfg.eval_tokens))
     val_doc = document_index(val_x, tokenizer.bos_id) if cfg.doc_mask else None
     forward = compile_model(model) if cfg.compile else model
@@ -212,8 +226,7 @@ def main(argv: list[str]) -> None:
         return evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
 
     samples: list[str] = []
-    place: Callable[[], dict[str, Any]] = lambda: cursor  # noqa: E731 (batch.cursor after the first batch)
-    with batches, memory_advice(cfg.device_batch_size, T):
+    with batches, memory_advice(cfg.device_batch_size, T), lost_ranks(ranks):
         for step in loop:
             if step.due(cfg.eval_every) or (step.number == 0 and cfg.eval_every >= 0):
                 val_bpb = validate()
@@ -223,20 +236,54 @@ def main(argv: list[str]) -> None:
             if step.due(cfg.core_metric_every):
                 loop.log(core=core_metric(cfg, model, tokenizer, ranks))
             if step.due(cfg.save_every) and not step.first:
-                loop.save(place())
-            if step.due(cfg.sample_every) and ranks.main:
-                samples = sample(run, model, tokenizer)
+                loop.save(batches.place())
+            if step.due(cfg.sample_every):
+                with gathered(model):
+                    samples = sample(run, model, tokenizer) if ranks.main else []
             if step.last:
                 break
             for _ in loop.forwards():
                 batch = next(batches)
                 loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
                 loop.backward(loss, batch.tokens)
-            place = batch.cursor
             loop.update()
     if ranks.main:
         report(cfg, run, loop, samples)
     run.close()
+
+
+class Streams:
+    """The streams of text this rank reads, one batch of each in turn.
+
+    A run deals its text to as many streams as it began with ranks. On fewer ranks each reads several of them, so that a
+    step is made of the same rows.
+    """
+
+    def __init__(self, loaders: list[PackedLoader], cursors: list[dict[str, Any]], grad_accum: int) -> None:
+        if grad_accum % len(loaders):
+            raise UserError(
+                f"this run began with more ranks, so each of these reads {len(loaders)} streams of its text, but makes "
+                f"{grad_accum} forwards a step: set --total_batch_size to the tokens of a step of that run"
+            )
+        self.loaders, self.turn = loaders, 0
+        self.places: list[Callable[[], dict[str, Any]]] = [lambda c=c: c for c in cursors]
+
+    def __next__(self) -> Batch:
+        turn, self.turn = self.turn, (self.turn + 1) % len(self.loaders)
+        batch = next(self.loaders[turn])
+        self.places[turn] = batch.cursor
+        return batch
+
+    def place(self) -> dict[str, Any]:
+        """For Loop.save: where each stream goes on."""
+        return {"streams": [place() for place in self.places]}
+
+    def __enter__(self) -> "Streams":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for loader in self.loaders:
+            loader.close()
 
 
 def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: int, forwards: str) -> None:
@@ -254,7 +301,8 @@ def core_metric(cfg: BaseTrainConfig, model: GPT, tokenizer: Tokenizer, ranks: R
     """CORE of the model as it stands, over the tasks that have data."""
     model.eval()
     scorer = GPTScorer(model, tokenizer)
-    scores = evaluate_core(scorer, core_folder(), CORE_TASKS, cfg.core_metric_max_per_task, ranks=ranks)
+    with gathered(model):
+        scores = evaluate_core(scorer, core_folder(), CORE_TASKS, cfg.core_metric_max_per_task, ranks=ranks)
     model.train()
     return core(scores)[0]
 

@@ -267,8 +267,7 @@ def test_two_ranks_train_save_and_resume_bit_identically(text: Path) -> None:
         for key in ("loss", "grad_norm", "val_bpb", "tokens"):
             assert again[step].get(key) == row.get(key), (step, key)
     assert whole[9]["val_bpb"] < whole[0]["val_bpb"]
-    with pytest.raises(UserError, match="was saved by 2 processes, this run has 1"):
-        base_train.main([*options, "--model_tag=cut"])
+    base_train.main([*options, "--model_tag=cut"])  # nothing is left to do, and one process may do it
 
 
 def test_the_tracker_that_was_asked_for_gets_the_metrics(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
