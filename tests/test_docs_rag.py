@@ -127,7 +127,7 @@ def test_every_key_and_default_of_the_recipes_is_the_scripts() -> None:
     assert len(rows) == len(table.splitlines()) - 2 == 7
     for key, default in rows:
         assert fields[key].default == (float(default) if default[0].isdigit() else None)
-    keys = {f.name for c in (RagEvalConfig, RagFinetuneConfig) for f in dataclasses.fields(c)}
+    keys = {f.name for c in (RagEvalConfig, RagFinetuneConfig, BenchContextConfig) for f in dataclasses.fields(c)}
     assert set(re.findall(r"`[^`\n]*--(\w+)[^`\n]*`", PAGE)) <= keys
 
 

@@ -146,7 +146,7 @@ def test_every_key_and_default_is_the_scripts(heading: str, config: Any) -> None
         has = CompressConfig().shares if key == "expand" else fields[key].default
         assert told(has) == default, key
     section = PAGE.split(f"\n{heading}\n")[1].split("\n## ")[0]
-    known = {*fields, "compare", "model_tag", "block_pattern", "output", "kinds"}
+    known = {*fields, "compare", "model_tag", "block_pattern", "lengths", "output", "kinds"}
     assert set(re.findall(r"--(\w+)", section)) <= known
 
 
