@@ -73,7 +73,7 @@ def answer_parts(answer: str, citations: Iterable[int] = (), abstain: bool = Fal
 
     The answer begins with a space, so that its ids are those it has within a document: to read is then to copy them,
     where "Vitrex pie" without it is other ids (V|it|rex) than in a sentence ( Vit|rex) and every name's first syllable
-    has to be learnt apart (LOG 2026-11-21: 2.6 times the reading accuracy after 200 steps).
+    has to be learnt apart (LOG 2026-11-21).
     """
     if abstain:
         return [{"type": "abstain"}]

@@ -138,9 +138,8 @@ def contents(
     if cfg.format == "safetensors":
         return {"config.json": {"model_config": asdict(model.config), "source": cfg.source, **origin}}, tensors
     config = transformers_config(model, tokenizer, cfg.dtype)
-    tensors["head.weight"] = (
-        model.head.master().detach().to(getattr(torch, cfg.dtype))
-    )  # transformers ties all or nothing
+    # transformers ties a head to the embedding wholly or not at all, so it gets the sum
+    tensors["head.weight"] = model.head.master().detach().to(tensors["head.weight"].dtype)
     files = {
         "config.json": {**config, "nanochat_turbo": {"source": cfg.source, **origin}},
         "generation_config.json": special_ids(tokenizer),
