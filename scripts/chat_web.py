@@ -9,11 +9,7 @@ loopback unless told otherwise, and then only to requests that name a loopback h
 what is under way has --drain_seconds to end.
 """
 
-import contextlib
-import ipaddress
 import os
-import signal
-import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,11 +23,11 @@ from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.engine import Engine, calculator, python
 from nanochat.rag import MAX_DOC_LENGTH, open_base
 from nanochat.retrieval import KnowledgeBase
-from nanochat.retrieval.serve import LOOPBACK, listen
 from nanochat.serving.app import make_app
 from nanochat.serving.scheduler import Limits, Scheduler
 from nanochat.serving.service import Service, Settings
 from nanochat.tools import Tool, search
+from nanochat.web import address, is_loopback, listen, own_names, run
 
 
 @dataclass(frozen=True)
@@ -89,9 +85,7 @@ class WebConfig:
 
     @property
     def loopback(self) -> bool:
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
+        return is_loopback(self.host)
 
 
 def load_schedulers(cfg: WebConfig, kb: KnowledgeBase | None) -> tuple[list[Scheduler], str]:
@@ -138,7 +132,7 @@ def make_service(cfg: WebConfig) -> Service:
         model=name, default_tokens=cfg.default_tokens, max_tokens=cfg.max_tokens, temperature=cfg.temperature,
         top_k=cfg.top_k, request_seconds=cfg.request_seconds, body_seconds=cfg.body_seconds,
         max_body_bytes=cfg.max_body_bytes, api_key=cfg.api_key or os.environ.get("NANOCHAT_API_KEY") or None,
-        hosts=(*LOOPBACK, cfg.host) if cfg.loopback else (), cors_origins=tuple(cfg.cors_origins or ()),
+        hosts=own_names(cfg.host), cors_origins=tuple(cfg.cors_origins or ()),
         retriever=cfg.retriever_type, documents=cfg.documents, max_doc_length=cfg.max_doc_length,
     )  # fmt: skip
     return Service(schedulers, settings, kb)
@@ -165,14 +159,12 @@ def main(argv: list[str]) -> None:
     listener = listen(cfg.host, cfg.port)
     if not cfg.loopback and service.settings.api_key is None:
         print("warning: not a loopback address and no API key; whoever reaches it may ask", flush=True)
-    shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    print(f"{service.settings.model} at http://{shown}:{listener.getsockname()[1]}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends its work first, then raises the signal again
+    print(f"{service.settings.model} at {address(cfg.host, listener)}", flush=True)
     settings = uvicorn.Config(
         make_app(service), log_level="warning", http=protocol(cfg.body_seconds), loop="asyncio",
         timeout_graceful_shutdown=cfg.drain_seconds, timeout_keep_alive=5,
     )  # fmt: skip
-    uvicorn.Server(settings).run(sockets=[listener])
+    run(settings, listener)
 
 
 if __name__ == "__main__":

@@ -14,16 +14,11 @@ documents are added; one write runs at a time.
 """
 
 import contextlib
-import ipaddress
 import json
-import signal
-import socket
-import sys
 import threading
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
-from urllib.parse import urlsplit
 
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
@@ -31,13 +26,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import run_script
 from nanochat.config import UserError, load_config
 from nanochat.retrieval import RETRIEVERS, Document, Hit, KnowledgeBase
+from nanochat.web import Gate, address, first_faults, is_loopback, listen, own_names, run
 
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TYPES = {403: "read_only", 404: "not_found", 405: "not_found", 413: "too_large"}  # all others: bad_request
 
 
@@ -67,9 +61,7 @@ class ServeConfig:
 
     @property
     def loopback(self) -> bool:
-        with contextlib.suppress(ValueError):
-            return ipaddress.ip_address(self.host).is_loopback
-        return self.host == "localhost"
+        return is_loopback(self.host)
 
 
 def _sendable(value: Any) -> Any:
@@ -111,45 +103,6 @@ class Delete(Body):
     ids: list[Text] = Field(min_length=1)
 
 
-class Gate:
-    """Refuses a request that is larger than `limit` bytes, as soon as it says or shows so, or that names another host
-    than `hosts` (any host where that is empty)."""
-
-    def __init__(self, app: ASGIApp, limit: int, hosts: Collection[str] = ()) -> None:
-        self.app, self.limit, self.hosts = app, limit, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        host = _host_name(headers.get(b"host", ""))
-        if self.hosts and host not in self.hosts:
-            return await _error(400, f"host {host!r} is not this server's name")(scope, receive, send)
-        stated = headers.get(b"content-length", "")
-        size, body, more = int(stated) if stated.isdigit() else 0, b"", True
-        while more and max(size, len(body)) <= self.limit:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        if max(size, len(body)) > self.limit:
-            refusal = _error(413, f"the request is larger than {self.limit} bytes: send less at a time")
-            return await refusal(scope, receive, send)
-        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-        async def replay() -> Message:
-            return whole.pop() if whole else await receive()
-
-        return await self.app(scope, replay, send)
-
-
-def _host_name(header: str) -> str:
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError:
-        return ""
-
-
 def make_app(kb: KnowledgeBase, cfg: ServeConfig) -> FastAPI:
     """The routes over an open base, which is closed when the app ends."""
     writing = threading.Lock()
@@ -160,7 +113,7 @@ def make_app(kb: KnowledgeBase, cfg: ServeConfig) -> FastAPI:
         kb.close()
 
     app = FastAPI(title="nanochat retrieval", lifespan=lifespan)
-    app.add_middleware(Gate, limit=cfg.max_body_bytes, hosts=(*LOOPBACK, cfg.host) if cfg.loopback else ())
+    app.add_middleware(Gate, limit=cfg.max_body_bytes, error=_gate_error, hosts=own_names(cfg.host))
     app.add_exception_handler(UserError, lambda request, e: _error(400, str(e)))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _refused)
@@ -241,27 +194,13 @@ def _refused(request: Request, e: Exception) -> JSONResponse:
     return _error(e.status_code, str(e.detail))
 
 
+def _gate_error(status: int, message: str) -> JSONResponse:
+    return _error(status, f"{message}: send less at a time" if status == 413 else message)
+
+
 def _invalid(request: Request, e: Exception) -> JSONResponse:
-    """What pydantic found, as one line: field and cause of the first mistakes."""
     assert isinstance(e, RequestValidationError)
-    causes = []
-    for fault in e.errors()[:3]:
-        place = ".".join(str(part) for part in fault["loc"] if part != "body")
-        causes.append(f"{place}: {fault['msg']}" if place else fault["msg"])
-    return _error(400, "; ".join(causes))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """UserError where the port is taken or the address is not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-        listener.listen(128)  # who calls before the server runs waits
-    except OSError as e:
-        raise UserError(f"cannot listen on {host}:{port} ({e.strerror}): choose another with --host or --port") from e
-    return listener
+    return _error(400, first_faults(e)[0])
 
 
 def main(argv: list[str]) -> None:
@@ -272,11 +211,8 @@ def main(argv: list[str]) -> None:
     listener = listen(cfg.host, cfg.port)
     if not cfg.loopback:
         print("warning: not a loopback address; whoever reaches it may search" + " and write" * (not cfg.read_only))
-    shown = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    print(f"{cfg.knowledge_base}: {len(kb)} documents at http://{shown}:{listener.getsockname()[1]}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn ends its work first, then raises the signal again
-    settings = uvicorn.Config(make_app(kb, cfg), log_level="warning", timeout_graceful_shutdown=10)
-    uvicorn.Server(settings).run(sockets=[listener])
+    print(f"{cfg.knowledge_base}: {len(kb)} documents at {address(cfg.host, listener)}", flush=True)
+    run(uvicorn.Config(make_app(kb, cfg), log_level="warning", timeout_graceful_shutdown=10), listener)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
+from nanochat import web
 from nanochat.config import UserError
 from nanochat.serving import openai_api as api
 from nanochat.serving import streams
@@ -101,13 +102,9 @@ def _http(request: Request, e: Exception) -> JSONResponse:
 
 
 def _invalid(request: Request, e: Exception) -> JSONResponse:
-    """What pydantic found, as one line: field and cause of the first mistakes."""
     assert isinstance(e, RequestValidationError)
-    places = [".".join(str(part) for part in fault["loc"] if part != "body") for fault in e.errors()[:3]]
-    causes = [
-        f"{place}: {fault['msg']}" if place else fault["msg"] for place, fault in zip(places, e.errors(), strict=False)
-    ]
-    return error(400, "; ".join(causes), param=places[0] or None if places else None)
+    causes, first = web.first_faults(e)
+    return error(400, causes, param=first or None)
 
 
 def add_answers(app: FastAPI, service: Service) -> None:
