@@ -167,9 +167,9 @@ class MuonAdamW:
             for i, p in enumerate(m.params):
                 dist.broadcast(p.detach(), src=i % self.ranks.world_size)
         for param, _, _, _ in self._shard_of:
-            size = -(-param.size(0) // self.ranks.world_size)
             for r in range(self.ranks.world_size):
-                part = param.detach()[r * size : (r + 1) * size]
+                lo, hi = rows_of(param.size(0), r, self.ranks.world_size)
+                part = param.detach()[lo:hi]
                 if part.numel():
                     dist.broadcast(part, src=r)
 
