@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
+import server_process
+from server_process import stop
 from serving_model import make, save
 
-from nanochat.common import REPO_DIR
 from nanochat.config import UserError
 from nanochat.engine import Engine
 from nanochat.retrieval import Document, KnowledgeBase
@@ -53,24 +53,8 @@ def engine() -> Engine:
 
 def start(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
     """-> (process, its address)"""
-    argv = [sys.executable, "-m", "scripts.chat_web", "--port", "0", *FLAGS, *flags]
     env = {"NANOCHAT_BASE_DIR": str(folder), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(argv, cwd=REPO_DIR, stdout=pipe, stderr=pipe, text=True, env=env)
-    assert process.stdout is not None
-    found = None
-    while found is None:
-        line = process.stdout.readline()
-        assert line, process.communicate()
-        found = re.search(r"http://\S+", line)
-    return process, found[0]
-
-
-def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """-> (exit code, stderr)"""
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    return process.returncode, err
+    return server_process.start(["scripts.chat_web", *FLAGS, *flags], env)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+import server_process
+from server_process import stop
 
-from nanochat.common import REPO_DIR
 from nanochat.config import UserError
 from nanochat.retrieval import Document, KnowledgeBase
 from nanochat.retrieval.serve import ServeConfig, listen, main
@@ -30,20 +30,7 @@ LIMITS = ["--max_body_bytes=20000", "--max_queries=4", "--max_query_chars=100", 
 
 def start(folder: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
     """-> (process, its address)"""
-    argv = [sys.executable, "-m", "nanochat.retrieval.serve", str(folder), "--port", "0", *LIMITS, *flags]
-    process = subprocess.Popen(argv, cwd=REPO_DIR, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    found = re.search(r"http://\S+", line)
-    assert found, process.communicate()
-    return process, found[0]
-
-
-def stop(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """-> (exit code, stderr)"""
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=20)
-    return process.returncode, err
+    return server_process.start(["nanochat.retrieval.serve", str(folder), *LIMITS, *flags])
 
 
 @pytest.fixture(scope="module")
