@@ -15,7 +15,7 @@
 #   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500)
 #   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
-#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 8)
+#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 4)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 
@@ -83,24 +83,24 @@ cpu_run() {
     # answers are sampled, as one who chats would and as reinforcement learning is rewarded
     local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
         --temperature=1 --top_k=0 --show=1)
-    read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=210}"
+    read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=190}"
     read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
     read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=40}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
-        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-8}" --lrs=0.01 --seeds=1 --lengths=256,1024
+        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-4}" --lrs=0.01 --seeds=1 --lengths=256,1024
     stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
         "${mid[@]}" --resume
     stage chat_eval_mid - python -m scripts.chat_eval -i mid "${chat[@]}"
     stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - python -m scripts.chat_eval -i sft "${chat[@]}"
     stage chat_rl "rl_checkpoints/$TAG" python -m scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=32 \
-        --task=Spelling,Spelling,Spelling,SpellingBee,Arithmetic,WorldQA --init_lr_frac=0.3 --eval_every=0 "${rl[@]}" --resume
+        --task=Spelling,Spelling,Spelling,Spelling,SpellingBee,Arithmetic --init_lr_frac=0.3 --eval_every=0 "${rl[@]}" --resume
     stage chat_eval_rl - python -m scripts.chat_eval -i rl "${chat[@]}"
     stage rag_data rag_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --max_facts=2 --questions=5000 \
         --kinds=1hop,1hop,1hop,1hop,counterfactual,missing --output="$NANOCHAT_BASE_DIR/rag_data" --overwrite
