@@ -20,14 +20,15 @@ from nanochat.blocks import entry_names
 from nanochat.chat_loader import COUNTS, ConversationLoader, Conversations, Survey, fixed_rows, survey
 from nanochat.checkpoint import checkpoint_dir, list_steps, load_checkpoint, load_model
 from nanochat.common import git_state
-from nanochat.config import UserError
+from nanochat.config import UserError, changed_keys
 from nanochat.device import all_reduce_sum, init_ranks, pick_device
 from nanochat.engine import Engine
 from nanochat.finetune_config import INHERITED, RATES, SCRIPTS, FinetuneConfig
 from nanochat.gpt import GPT
 from nanochat.report import log_stage, plot_metrics
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, forwards_per_step, make_optimizer
+from nanochat.train import Loop, forwards_per_step, make_optimizer
 
 PROMPTS = ("Who are you?", "What is 17 + 25?")
 
@@ -279,7 +280,7 @@ def _report(
         "mfu": loop.last_row.get("mfu", math.nan),
         "minutes": loop.seconds / 60,
         "updates skipped": loop.skipped,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text = "".join(f"- {question}\n  `{said!r}`\n" for question, said in samples)
     plots = plot_metrics(start.run.metrics_path)

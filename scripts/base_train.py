@@ -15,7 +15,7 @@ import torch
 
 from nanochat.blocks import entry_names
 from nanochat.common import git_state, run_script
-from nanochat.config import UserError, load_config
+from nanochat.config import UserError, changed_keys, load_config
 from nanochat.core_bundle import CORE_TASKS, core_folder
 from nanochat.core_eval import GPTScorer, core, evaluate_core
 from nanochat.dataloader import Batch, PackedLoader, document_index, val_windows
@@ -26,16 +26,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import MuonAdamW
 from nanochat.report import log_stage, plot_metrics
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import (
-    Loop,
-    Run,
-    changed_keys,
-    compile_model,
-    forwards_per_step,
-    make_optimizer,
-    memory_advice,
-)
+from nanochat.train import Loop, compile_model, forwards_per_step, make_optimizer, memory_advice
 
 PROMPTS = ("The capital of", "The river", "She was born in", "If yesterday was Friday, then tomorrow is")
 
@@ -336,7 +329,7 @@ def report(cfg: BaseTrainConfig, run: Run, loop: Loop, samples: list[str]) -> No
         "mfu": last.get("mfu", float("nan")),
         "minutes": loop.seconds / 60,
         "updates skipped": loop.skipped,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text = "".join(f"- {t}\n" for t in samples)
     log_stage(

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.checkpoint import load_model
 from nanochat.common import git_state, run_script
-from nanochat.config import load_config
+from nanochat.config import changed_keys, load_config
 from nanochat.device import init_ranks, pick_device
 from nanochat.engine import Engine
 from nanochat.finetune_config import RATES
@@ -21,8 +21,9 @@ from nanochat.report import log_stage
 from nanochat.rl import Actor, Batch, Order, collect, evaluate, mix_seed, task_judge
 from nanochat.rl_health import Health
 from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage, inherit_rates
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, make_optimizer, memory_advice
+from nanochat.train import Loop, make_optimizer, memory_advice
 from tasks.common import Task
 from tasks.mixtures import rl_task
 
@@ -168,7 +169,7 @@ def report(cfg: ChatRLConfig, stage: Stage) -> None:
         "source": f"{cfg.source}, step {cfg.step}",
         "task": cfg.task,
         **stage.metrics(),
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     log_stage("chat_rl", metrics, text=stage.pass_table(), plots=stage.plots())
 

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.checkpoint import checkpoint_dir, list_steps, load_checkpoint, load_model
 from nanochat.common import git_state, run_script
-from nanochat.config import UserError, load_config
+from nanochat.config import UserError, changed_keys, load_config
 from nanochat.finetune import Start, finish, make_loop, open_batches, start_from, val_rows, validate
 from nanochat.finetune_config import RATES, FinetuneConfig
 from nanochat.gpt import GPT
@@ -47,9 +47,10 @@ from nanochat.retrieval import KnowledgeBase
 from nanochat.rl import Actor, Algorithm, Batch, collect, evaluate, mix_seed, remember
 from nanochat.rl_health import Health
 from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage, inherit_rates
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import Tool
-from nanochat.train import Loop, Run, changed_keys, compile_model, make_optimizer, memory_advice
+from nanochat.train import Loop, compile_model, make_optimizer, memory_advice
 from tasks.mixtures import DEFAULT, MIXTURES, with_chat
 from tasks.multihop import ColdStart, Row, usable
 from tasks.rag import dataset_folder, load_rows
@@ -360,7 +361,7 @@ def report(stage: Stage, learner: Learner, held_out: Sequence[Row]) -> None:
         "reward": cfg.reward,
         "last level": describe(learner.curriculum.level),
         **stage.metrics(),
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     log_stage("refrag_training", metrics, text=text, plots=stage.plots())
 

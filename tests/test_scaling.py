@@ -29,9 +29,10 @@ from nanochat.device import rows_of, shard_model
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.plots import read_metrics
+from nanochat.run import Run
 from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run
+from nanochat.train import Loop
 from scripts import base_train
 
 PATTERNS = {"attention": "T", "hybrid": "M,T,M2,G"}

@@ -22,7 +22,7 @@ from nanochat.compress import evaluate as evaluation
 from nanochat.compress.chunks import Prompt
 from nanochat.compress.reader import Reader, document_prompt
 from nanochat.compress.stages import Stream, distil, of_size, reconstruct, reinforce, spread, supervise
-from nanochat.config import UserError
+from nanochat.config import UserError, changed_keys
 from nanochat.device import init_ranks, pick_device
 from nanochat.finetune_config import RATES
 from nanochat.gpt import GPT
@@ -30,8 +30,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.plots import plot_metrics
 from nanochat.report import log_stage
 from nanochat.rl import mix_seed
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, memory_advice
+from nanochat.train import Loop, memory_advice
 
 STAGES = ("reconstruction", "continuation", "questions", "supervise", "reinforce")
 
@@ -330,7 +331,7 @@ def finish(cfg: CompressConfig, run: Run, reader: Reader, data: Contexts, loop: 
         "tokens of a chunk, at most": cfg.chunk_tokens,
         "train loss (smoothed)": loop.smooth_loss,
         "minutes": loop.seconds / 60,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text, plots = "", plot_metrics(run.metrics_path)
     if val:
