@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.blocks import GPTConfig, resolve_pattern
 from nanochat.config import UserError
+from nanochat.optim import RATES
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
-RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "ssm_lr")
 INHERITED = (*RATES, "weight_decay", "grad_clip", "device_batch_size", "total_batch_size", "max_seq_len")
 
 
@@ -137,6 +137,19 @@ class FinetuneConfig(Architecture):
         if self.identity:
             names = [name for name in names if name.partition(":")[0] != "Identity"] + [self.identity]
         return names
+
+
+def inherit(
+    cfg: Any, trained: dict[str, Any], keys: Sequence[str] = RATES, name: str = "the checkpoint"
+) -> dict[str, Any]:
+    """Those of the keys that cfg leaves open, from the configuration a checkpoint was trained with; name: of it.
+
+    UserError for a key that is not there either."""
+    missing = [key for key in keys if getattr(cfg, key) is None]
+    for key in missing:
+        if key not in trained:
+            raise UserError(f"{name} does not say with which {key} it was trained: give --{key}")
+    return {key: trained[key] for key in missing}
 
 
 def _short(value: Any) -> str:

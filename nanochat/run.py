@@ -1,11 +1,12 @@
 """One process of a training run: device, ranks, seed, folder, metrics.jsonl, tracker. Its loop is in train.py.
 
-run = Run.start("base", "d20", device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track)
+run = Run.start("base", "d20", cfg)  # cfg.device, dtype, seed, run, track
 run.print("only rank 0 talks")
 run.close()
 """
 
 import contextlib
+import dataclasses
 import json
 import random
 import sys
@@ -37,27 +38,16 @@ class Run:
     tracker: Any = None
 
     @classmethod
-    def start(
-        cls,
-        source: str,
-        model_tag: str,
-        *,
-        device: str = "",
-        dtype: str = "auto",
-        seed: int = 42,
-        run: str = "dummy",
-        track: str = "none",
-        config: dict[str, Any] | None = None,
-    ) -> "Run":
-        """Pick the device, join the ranks, seed everything, open the tracker that was asked for."""
-        ranks, chosen = devices.init_ranks(devices.pick_device(device))
-        compute = devices.pick_dtype(dtype, chosen)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+    def start(cls, source: str, model_tag: str, cfg: Any) -> "Run":
+        """Pick the device, join the ranks, seed everything, open the tracker, as the stage's configuration says."""
+        ranks, chosen = devices.init_ranks(devices.pick_device(cfg.device))
+        compute = devices.pick_dtype(cfg.dtype, chosen)
+        random.seed(cfg.seed)
+        np.random.seed(cfg.seed)
+        torch.manual_seed(cfg.seed)
         if chosen.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        tracker = _tracker(track, run, source, config or {}) if ranks.main else None
+        tracker = _tracker(cfg.track, cfg.run, source, dataclasses.asdict(cfg)) if ranks.main else None
         self = cls(source, model_tag, chosen, compute, ranks, checkpoint_dir(source, model_tag), tracker)
         self.print(f"device: {devices.describe_device(chosen, compute)}, {ranks.world_size} rank(s)")
         return self

@@ -33,7 +33,7 @@ from nanochat.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpo
 from nanochat.config import UserError
 from nanochat.device import Ranks, all_reduce_sum, load_weights, local, whole_tensors
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum
+from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum, role_rates
 from nanochat.run import Run
 
 MAX_BAD_STEPS = 10  # updates in a row that may be skipped for a loss or gradient that is not finite
@@ -344,25 +344,15 @@ def forwards_per_step(total_batch_size: int, device_batch_size: int, seq_len: in
 
 def make_optimizer(
     model: GPT,
+    cfg: Any,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
     *,
-    matrix_lr: float,
-    embedding_lr: float,
-    unembedding_lr: float,
-    scalar_lr: float,
-    ssm_lr: float,
-    weight_decay: float,
+    share: float = 1.0,
+    weight_decay: float = 0.0,
 ) -> MuonAdamW:
-    """The optimizer of every stage. Embedding and head rates are those of width 768, scaled by (d_model / 768)^-0.5."""
-    scale = (model.config.d_model / 768) ** -0.5
-    lrs = {
-        "matrix": matrix_lr,
-        "embedding": embedding_lr * scale,
-        "unembedding": unembedding_lr * scale,
-        "scalar": scalar_lr,
-        "ssm": ssm_lr,
-    }
+    """The optimizer of a stage that trains the whole model, at a share of the rates of its configuration."""
+    lrs = role_rates(cfg, model.config.d_model, share)
     return MuonAdamW(model, model.param_groups(), lrs, weight_decay=weight_decay, dtype=dtype, ranks=ranks)
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 import torch
 
 from nanochat.blocks import entry_names
-from nanochat.common import git_state, run_script
+from nanochat.checkpoint import checkpoint_meta
+from nanochat.common import run_script
 from nanochat.config import UserError, changed_keys, load_config
 from nanochat.core_bundle import CORE_TASKS, core_folder
 from nanochat.core_eval import GPTScorer, core, evaluate_core
@@ -155,10 +156,7 @@ class BaseTrainConfig:
         return max(1, math.ceil(self.target_param_data_ratio * model.n_params()["total"] / tokens_per_step))
 
     def make_optimizer(self, model: GPT, dtype: torch.dtype, ranks: Ranks | None = None) -> MuonAdamW:
-        return make_optimizer(
-            model, dtype, ranks, matrix_lr=self.matrix_lr, embedding_lr=self.embedding_lr, scalar_lr=self.scalar_lr,
-            unembedding_lr=self.unembedding_lr, ssm_lr=self.ssm_lr, weight_decay=self.weight_decay,
-        )  # fmt: skip
+        return make_optimizer(model, self, dtype, ranks, weight_decay=self.weight_decay)
 
 
 def build_model(
@@ -178,10 +176,7 @@ def main(argv: list[str]) -> None:
     train_shards, val_shards = shard_paths("train"), shard_paths("val")
     config = cfg.gpt_config(tokenizer.vocab_size)
     tag = cfg.model_tag or f"d{cfg.depth}"
-    run = Run.start(
-        "base", tag, device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track,
-        config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    run = Run.start("base", tag, cfg)
     ranks, T = run.ranks, cfg.max_seq_len
     grad_accum = cfg.grad_accum(ranks.world_size)
     model, kernels = build_model(config, run.device, run.dtype, cfg.kernels, cfg.seed)
@@ -196,11 +191,7 @@ def main(argv: list[str]) -> None:
         run, model, cfg.make_optimizer(model, run.dtype, ranks), num_iterations=num_iterations, grad_accum=grad_accum,
         tokens_per_step=tokens_per_step, flops_per_token=model.flops_per_token(), grad_clip=cfg.grad_clip,
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
-        keep_last=cfg.keep_last,
-        meta={
-            "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-            "tokenizer_hash": tokenizer.hash, "kernels": kernels, "git": git_state(),
-        },
+        keep_last=cfg.keep_last, meta=checkpoint_meta(model, tokenizer, cfg),
     )  # fmt: skip
     cursors = loop.begin_streams(cfg.resume)  # where to go on in the data
     batches = Streams([
