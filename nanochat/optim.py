@@ -249,6 +249,12 @@ def lr_schedule(progress: float, warmup: float, warmdown: float, final: float) -
     return 1.0
 
 
+def check_schedule(warmup: float, warmdown: float) -> None:
+    """ValueError for shares of a run that do not fit into it."""
+    if warmup + warmdown > 1 or min(warmup, warmdown) < 0:
+        raise ValueError(f"warmup_ratio={warmup} + warmdown_ratio={warmdown} must lie in 0..1")
+
+
 def muon_momentum(step: int) -> float:
     """0.85 -> 0.95 over the first 300 steps (nanochat, Oct 2025)."""
     return 0.85 + 0.10 * min(step / 300, 1.0)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from nanochat.device import Ranks, gathered, lost_ranks, shard_model
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, check_schedule
 from nanochat.report import log_stage, plot_metrics
 from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
@@ -126,10 +127,7 @@ class BaseTrainConfig:
             raise ValueError(
                 "nothing says how long to train: set --num_iterations, --target_flops or --target_param_data_ratio > 0"
             )
-        if self.warmup_ratio + self.warmdown_ratio > 1 or min(self.warmup_ratio, self.warmdown_ratio) < 0:
-            raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} + warmdown_ratio={self.warmdown_ratio} must lie in 0..1"
-            )
+        check_schedule(self.warmup_ratio, self.warmdown_ratio)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model this configuration describes, for a vocabulary of this size."""
@@ -193,15 +191,7 @@ def main(argv: list[str]) -> None:
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
         keep_last=cfg.keep_last, meta=checkpoint_meta(model, tokenizer, cfg),
     )  # fmt: skip
-    cursors = loop.begin_streams(cfg.resume)  # where to go on in the data
-    batches = Streams([
-        PackedLoader(
-            train_shards, tokenizer, cfg.device_batch_size, T, device=run.device, cursor=cursor,
-            rank=cursor["rank"] if cursor else ranks.rank,
-            world_size=cursor["world_size"] if cursor else ranks.world_size,
-        )
-        for cursor in cursors or [None]
-    ], cursors or [{}], grad_accum)  # fmt: skip
+    batches = open_streams(cfg, run, tokenizer, train_shards, loop.begin_streams(cfg.resume), grad_accum)
     val_x, val_y = (t.to(run.device) for t in val_windows(val_shards, tokenizer, T, cfg.eval_tokens))
     val_doc = document_index(val_x, tokenizer.bos_id) if cfg.doc_mask else None
     forward = compile_model(model) if cfg.compile else model
@@ -268,6 +258,23 @@ class Streams:
     def __exit__(self, *_: object) -> None:
         for loader in self.loaders:
             loader.close()
+
+
+def open_streams(
+    cfg: BaseTrainConfig, run: Run, tokenizer: Tokenizer, shards: list[Path], cursors: list[dict[str, Any]],
+    grad_accum: int,
+) -> Streams:  # fmt: skip
+    """This rank's streams: from the cursors of those it reads on, or, without any, one from the beginning."""
+    loaders = []
+    for cursor in cursors or [None]:
+        dealt = cursor or {"rank": run.ranks.rank, "world_size": run.ranks.world_size}
+        loaders.append(
+            PackedLoader(
+                shards, tokenizer, cfg.device_batch_size, cfg.max_seq_len, device=run.device, cursor=cursor,
+                rank=dealt["rank"], world_size=dealt["world_size"],
+            )
+        )  # fmt: skip
+    return Streams(loaders, cursors or [{}], grad_accum)
 
 
 def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: int, forwards: str) -> None:
