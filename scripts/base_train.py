@@ -196,14 +196,11 @@ def main(argv: list[str]) -> None:
     val_doc = document_index(val_x, tokenizer.bos_id) if cfg.doc_mask else None
     forward = compile_model(model) if cfg.compile else model
 
-    def validate() -> float:
-        return evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
-
     samples: list[str] = []
     with batches, memory_advice(cfg.device_batch_size, T), lost_ranks(ranks):
         for step in loop:
             if step.due(cfg.eval_every) or (step.number == 0 and cfg.eval_every >= 0):
-                val_bpb = validate()
+                val_bpb = evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
                 loop.log(val_bpb=val_bpb)
                 loop.meta["val_bpb"] = val_bpb
                 loop.meta.setdefault("untrained_val_bpb", val_bpb)
