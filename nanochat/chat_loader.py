@@ -13,7 +13,7 @@ cannot divide by no target (the NaN of karpathy/nanochat issues 590 and 618).
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -163,8 +163,7 @@ class ConversationLoader:
     def __next__(self) -> Batch:
         batch = next(self._ahead)
         self.place = batch.cursor
-        x, y, doc = (t.to(self.device, non_blocking=True) for t in (batch.x, batch.y, batch.doc))
-        return replace(batch, x=x, y=y, doc=doc)
+        return batch.to(self.device)
 
     def close(self) -> None:
         """End the thread. A closed loader has no further batch."""

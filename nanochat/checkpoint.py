@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanochat.common import base_dir, fsync_dir, raise_disk_error, read_json
+from nanochat.common import base_dir, fsync_dir, git_state, raise_disk_error, read_json
 from nanochat.config import UserError
 from nanochat.device import pick_dtype
 from nanochat.gpt import GPT, GPTConfig
@@ -63,6 +63,7 @@ __all__ = [
     "SOURCES",
     "Checkpoint",
     "checkpoint_dir",
+    "checkpoint_meta",
     "list_steps",
     "load_checkpoint",
     "load_model",
@@ -70,6 +71,7 @@ __all__ = [
     "restore_rng",
     "rng_state",
     "save_checkpoint",
+    "tag_of",
     "verify",
 ]
 
@@ -114,6 +116,28 @@ def _source_dir(source: str) -> Path:
 def _nearest(name: str, known: Collection[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# ---- what meta.json holds ----
+
+
+def checkpoint_meta(
+    model: GPT, tokenizer: Tokenizer, cfg: Any, start: tuple[str, str, int] | None = None
+) -> dict[str, Any]:
+    """The meta of a stage's checkpoints. start: (stage, model_tag, step) of the checkpoint it went on from."""
+    meta = {
+        "model_config": asdict(model.config),
+        "train_config": asdict(cfg),
+        "tokenizer_hash": tokenizer.hash,
+        "kernels": model.kernels.reason,
+        "git": git_state(),
+    }
+    return meta if start is None else meta | {"source": dict(zip(("stage", "model_tag", "step"), start, strict=True))}
+
+
+def tag_of(meta: dict[str, Any]) -> str:
+    """The model_tag of the run that saved it; where none was given, as base_train names it."""
+    return meta.get("train_config", {}).get("model_tag") or f"d{meta['model_config']['n_layer']}"
 
 
 # ---- saving ----

@@ -99,6 +99,12 @@ def describe_keys(cls: type) -> str:
     return "\n".join([intro, "", "usage: [CONFIG.py ...] [--key=value ...]", "", *lines])
 
 
+def changed_keys(cfg: Any) -> str:
+    """The keys of a configuration that differ from their defaults, on one line, for a report."""
+    values = ((f.name, getattr(cfg, f.name), _default(f)) for f in fields(cfg))
+    return ", ".join(f"{name}={value}" for name, value, default in values if value != default) or "defaults"
+
+
 def _fields(cls: type) -> list[tuple[Any, Any]]:
     hints = get_type_hints(cls, include_extras=True)
     return [(f, hints[f.name]) for f in fields(cls) if f.init]

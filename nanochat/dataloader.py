@@ -41,6 +41,11 @@ class Batch:
     # cursor() -> where to go on after this batch: a dict of numbers and strings, and "queue", a dict of numpy arrays
     cursor: Callable[[], dict[str, Any]] = field(repr=False)
 
+    def to(self, device: torch.device) -> "Batch":
+        """Its tensors on the device; from pinned memory the copy goes on beside the computation."""
+        x, y, doc = (t.to(device, non_blocking=True) for t in (self.x, self.y, self.doc))
+        return replace(self, x=x, y=y, doc=doc)
+
 
 class _Rows:
     """Rows without end from a stream through a packer, and the point to go on from."""
@@ -142,11 +147,7 @@ class PackedLoader:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._ahead or self._batches)
-        if self.device.type == "cpu":
-            return batch
-        x, y, doc = (t.to(self.device, non_blocking=True) for t in (batch.x, batch.y, batch.doc))
-        return replace(batch, x=x, y=y, doc=doc)
+        return next(self._ahead or self._batches).to(self.device)
 
     def close(self) -> None:
         """End the thread. A closed loader has no further batch."""

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from nanochat.blocks import entry_names
 from nanochat.chat_loader import COUNTS, ConversationLoader, Conversations, Survey, fixed_rows, survey
-from nanochat.checkpoint import checkpoint_dir, list_steps, load_checkpoint, load_model
-from nanochat.common import git_state
-from nanochat.config import UserError
+from nanochat.checkpoint import checkpoint_dir, checkpoint_meta, list_steps, load_checkpoint, load_model
+from nanochat.config import UserError, changed_keys
 from nanochat.device import all_reduce_sum, init_ranks, pick_device
 from nanochat.engine import Engine
-from nanochat.finetune_config import INHERITED, RATES, SCRIPTS, FinetuneConfig
+from nanochat.finetune_config import INHERITED, SCRIPTS, FinetuneConfig, inherit
 from nanochat.gpt import GPT
 from nanochat.report import log_stage, plot_metrics
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, forwards_per_step, make_optimizer
+from nanochat.train import Loop, forwards_per_step, make_optimizer
 
 PROMPTS = ("Who are you?", "What is 17 + 25?")
 
@@ -52,7 +52,8 @@ def start_from(cfg: FinetuneConfig, stage: str) -> Start:
     _, device = init_ranks(pick_device(cfg.device))
     model, tokenizer, meta = load_model(cfg.source, device, tag, cfg.step, dtype=cfg.dtype, kernels=cfg.kernels)
     cfg.check(model.config, f"{cfg.source} {tag}")
-    inherited = _inherit(cfg, meta, f"{cfg.source} {tag}")
+    keys = [key for key in INHERITED if key != "total_batch_size" or not cfg.target_examples_per_step]
+    inherited = inherit(cfg, meta.get("train_config", {}), keys, f"{cfg.source} {tag}")
     cfg = dataclasses.replace(cfg, **inherited, model_tag=tag, step=meta["step"])
     T, B = _positive(cfg.max_seq_len, "max_seq_len", 2), _positive(cfg.device_batch_size, "device_batch_size", 1)
     if model.config.seq_len < T:
@@ -60,10 +61,7 @@ def start_from(cfg: FinetuneConfig, stage: str) -> Start:
             f"max_seq_len={T}, but {cfg.source} {tag} was trained on {model.config.seq_len} tokens: "
             f"use --max_seq_len={model.config.seq_len}, or train a base model with longer rows"
         )
-    run = Run.start(
-        stage, tag, device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track,
-        config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    run = Run.start(stage, tag, cfg)
     run.print(f"start: {cfg.source} {tag}, step {meta['step']}: {model.n_params()['total'] / 1e6:.2f}M parameters")
     run.print(f"blocks: {' '.join(entry_names(model.config.block_pattern, model.config.n_layer))}")
     run.print(f"kernels: {model.kernels.reason}")
@@ -90,18 +88,6 @@ def _find_tag(cfg: FinetuneConfig) -> str:
     return tag
 
 
-def _inherit(cfg: FinetuneConfig, meta: dict[str, Any], name: str) -> dict[str, Any]:
-    """The keys that were not given, from the configuration the checkpoint was trained with."""
-    found = {}
-    for key in INHERITED:
-        if getattr(cfg, key) is not None or (key == "total_batch_size" and cfg.target_examples_per_step):
-            continue
-        if key not in meta.get("train_config", {}):
-            raise UserError(f"{name} does not say with which {key} it was trained: give --{key}")
-        found[key] = meta["train_config"][key]
-    return found
-
-
 def _positive(value: int | None, key: str, least: int) -> int:
     if value is None or value < least:
         raise UserError(f"{key}={value}: expected at least {least}")
@@ -124,8 +110,9 @@ def make_loop(start: Start, train: Conversations) -> Loop:
         f"training: {steps} steps of {tokens_per_step} tokens ({grad_accum} x {start.B} rows of {start.T}), about "
         f"{epochs:.2f} epochs, rates x {cfg.init_lr_frac}"
     )
-    rates = {key: cfg.init_lr_frac * getattr(cfg, key) for key in RATES}
-    optimizer = make_optimizer(model, run.dtype, run.ranks, **rates, weight_decay=cfg.weight_decay or 0.0)
+    optimizer = make_optimizer(
+        model, cfg, run.dtype, run.ranks, share=cfg.init_lr_frac, weight_decay=cfg.weight_decay or 0.0
+    )
     if cfg.warm_start:
         run.print(_warm_start(start, optimizer))
     return Loop(
@@ -133,11 +120,7 @@ def make_loop(start: Start, train: Conversations) -> Loop:
         flops_per_token=model.flops_per_token(start.T), grad_clip=cfg.grad_clip or 0.0,
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
         keep_last=cfg.keep_last,
-        meta={
-            "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-            "tokenizer_hash": start.tokenizer.hash, "kernels": model.kernels.reason, "git": git_state(),
-            "source": {"stage": cfg.source, "model_tag": cfg.model_tag, "step": cfg.step},
-        },
+        meta=checkpoint_meta(model, start.tokenizer, cfg, (cfg.source, cfg.model_tag, start.meta["step"])),
     )  # fmt: skip
 
 
@@ -151,16 +134,14 @@ def _tokens_per_step(start: Start, seen: Survey) -> int:
 
 
 def _warm_start(start: Start, optimizer: Any) -> str:
-    """Load the moments of the checkpoint started from -> what was done, and why not where it was not."""
-    cfg, ranks = start.cfg, start.run.ranks
-    where, saved_by = f"{cfg.source} {cfg.model_tag}", start.meta["world_size"]
-    cold = "warm start: not possible, the optimizer's moments start at zero: "
-    if saved_by != ranks.world_size:
-        return f"{cold}{where} was trained by {saved_by} processes, this run has {ranks.world_size}"
-    folder = checkpoint_dir(cfg.source, cfg.model_tag)
-    saved = load_checkpoint(folder, cfg.step, rank=ranks.rank, device=start.run.device, want=("optim",))
+    """Load the moments of the checkpoint started from, saved by any number of ranks -> what was done, or why not."""
+    cfg, ranks, where = start.cfg, start.run.ranks, f"{start.cfg.source} {start.cfg.model_tag}"
+    saved = load_checkpoint(
+        checkpoint_dir(cfg.source, cfg.model_tag), cfg.step, rank=ranks.rank, world_size=ranks.world_size,
+        any_ranks=True, device=start.run.device, want=("optim",),
+    )  # fmt: skip
     if not saved.optim:
-        return f"{cold}{where} holds none"
+        return f"warm start: not possible, the optimizer's moments start at zero: {where} holds none"
     optimizer.load_state_tensors(saved.optim)
     return f"warm start: the optimizer goes on with the moments of {where}, step {cfg.step}"
 
@@ -279,7 +260,7 @@ def _report(
         "mfu": loop.last_row.get("mfu", math.nan),
         "minutes": loop.seconds / 60,
         "updates skipped": loop.skipped,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text = "".join(f"- {question}\n  `{said!r}`\n" for question, said in samples)
     plots = plot_metrics(start.run.metrics_path)

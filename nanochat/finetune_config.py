@@ -11,9 +11,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.blocks import GPTConfig, resolve_pattern
 from nanochat.config import UserError
+from nanochat.optim import RATES, check_schedule
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
-RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "ssm_lr")
 INHERITED = (*RATES, "weight_decay", "grad_clip", "device_batch_size", "total_batch_size", "max_seq_len")
 
 
@@ -124,10 +124,7 @@ class FinetuneConfig(Architecture):
             raise ValueError("nothing says how long to train: set --num_iterations or --num_epochs > 0")
         if self.init_lr_frac <= 0:
             raise ValueError(f"init_lr_frac={self.init_lr_frac}: expected more than 0, 1 = the rates as they are")
-        if self.warmup_ratio + self.warmdown_ratio > 1 or min(self.warmup_ratio, self.warmdown_ratio) < 0:
-            raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} + warmdown_ratio={self.warmdown_ratio} must lie in 0..1"
-            )
+        check_schedule(self.warmup_ratio, self.warmdown_ratio)
         if self.total_batch_size is not None and self.target_examples_per_step is not None:
             raise ValueError("total_batch_size and target_examples_per_step both say how large a step is: give one")
 
@@ -137,6 +134,19 @@ class FinetuneConfig(Architecture):
         if self.identity:
             names = [name for name in names if name.partition(":")[0] != "Identity"] + [self.identity]
         return names
+
+
+def inherit(
+    cfg: Any, trained: dict[str, Any], keys: Sequence[str] = RATES, name: str = "the checkpoint"
+) -> dict[str, Any]:
+    """Those of the keys that cfg leaves open, from the configuration a checkpoint was trained with; name: of it.
+
+    UserError for a key that is not there either."""
+    missing = [key for key in keys if getattr(cfg, key) is None]
+    for key in missing:
+        if key not in trained:
+            raise UserError(f"{name} does not say with which {key} it was trained: give --{key}")
+    return {key: trained[key] for key in missing}
 
 
 def _short(value: Any) -> str:

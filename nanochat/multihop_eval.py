@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import atomic_write, base_dir, write_json
 from nanochat.device import pick_device
 from nanochat.engine import Engine
@@ -286,7 +286,7 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
     def ask(name: str, source: str, tag: str | None, step: int | None, how: Callable[..., list[Episode]]) -> str:
         nonlocal checkpoint
         model, tokenizer, meta = load_model(source, device, tag, step, dtype=cfg.dtype)
-        tag = tag or meta["train_config"]["model_tag"]
+        tag = tag or tag_of(meta)
         episodes = how(model, tokenizer)
         conditions.setdefault(name, []).append(episodes)
         folder = base_dir() / "rag_eval" / f"{source}_{tag}_{meta['step']:06d}"

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from nanochat.device import Ranks, is_sharded, local, rows_of
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al., chosen for slope at zero; singular values land in 0.7..1.2
 NS_STEPS = 4  # LOG 2026-11-21: 5 costs 2 % more time for the same loss
+RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "ssm_lr")  # keys of a configuration: <role>_lr
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,6 +233,12 @@ def _grad(param: nn.Parameter) -> Tensor:
     return param.grad
 
 
+def role_rates(cfg: Any, d_model: int, share: float = 1.0) -> dict[str, float]:
+    """Role -> a share of its rate in cfg. Embedding and head: given for width 768, scaled by (d_model / 768)^-0.5."""
+    scale = dict.fromkeys(("embedding_lr", "unembedding_lr"), (d_model / 768) ** -0.5)
+    return {key.removesuffix("_lr"): share * getattr(cfg, key) * scale.get(key, 1.0) for key in RATES}
+
+
 def lr_schedule(progress: float, warmup: float, warmdown: float, final: float) -> float:
     """Trapezoid on progress in [0, 1]: linear up over `warmup`, flat, linear down to `final` over `warmdown`."""
     if warmup and progress < warmup:
@@ -239,6 +247,12 @@ def lr_schedule(progress: float, warmup: float, warmdown: float, final: float) -
         left = max(0.0, (1 - progress) / warmdown)
         return left + (1 - left) * final
     return 1.0
+
+
+def check_schedule(warmup: float, warmdown: float) -> None:
+    """ValueError for shares of a run that do not fit into it."""
+    if warmup + warmdown > 1 or min(warmup, warmdown) < 0:
+        raise ValueError(f"warmup_ratio={warmup} + warmdown_ratio={warmdown} must lie in 0..1")
 
 
 def muon_momentum(step: int) -> float:

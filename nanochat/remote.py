@@ -32,6 +32,22 @@ def remote_urls(base_url: str, shard_list: str | None) -> list[str]:
     return [urllib.parse.urljoin(base_url.rstrip("/") + "/", name) for name in names]
 
 
+class _Progress:
+    """What all threads have read; how much there will be is expected from the shards begun."""
+
+    def __init__(self, bar: tqdm, n_shards: int):
+        self.bar, self.n_shards, self.lock, self.sizes = bar, n_shards, threading.Lock(), dict[str, int]()
+
+    def begun(self, name: str, size: int) -> None:
+        with self.lock:
+            self.sizes[name] = size
+            self.bar.total = sum(self.sizes.values()) * self.n_shards // len(self.sizes)
+
+    def read(self, n: int) -> None:
+        with self.lock:
+            self.bar.update(n)
+
+
 def fetch_shards(
     missing: dict[str, str], folder: Path, num_workers: int, timeout: float, retries: int
 ) -> Iterator[Shard]:
@@ -42,18 +58,9 @@ def fetch_shards(
     stop = threading.Event()
     quiet = not sys.stderr.isatty()
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, disable=quiet, total=0) as bar:
-        lock, sizes = threading.Lock(), dict[str, int]()
+        progress = _Progress(bar, len(missing))
 
         def fetch(name: str) -> Shard:
-            def on_size(size: int) -> None:
-                with lock:
-                    sizes[name] = size
-                    bar.total = sum(sizes.values()) * len(missing) // len(sizes)  # expected, from those begun
-
-            def on_bytes(n: int) -> None:
-                with lock:
-                    bar.update(n)
-
             def check(part: Path) -> None:
                 rows.append(count_rows(part))
 
@@ -64,8 +71,8 @@ def fetch_shards(
                 retries=retries,
                 pause=min(1.0, timeout / 10),
                 cure=NO_NETWORK,
-                on_bytes=on_bytes,
-                on_size=on_size,
+                on_bytes=progress.read,
+                on_size=lambda size: progress.begun(name, size),
                 on_retry=lambda message: tqdm.write(message, file=sys.stderr),
                 stop=stop,
             )

@@ -25,7 +25,6 @@ from typing import Annotated, Any, Literal
 
 from nanochat.checkpoint import list_steps, load_checkpoint
 from nanochat.config import UserError
-from nanochat.finetune_config import RATES
 from nanochat.gpt import GPT
 from nanochat.plots import read_metrics
 from nanochat.report import plot_metrics
@@ -84,13 +83,6 @@ class RLKeys:
 
     def sampling(self, top_k: int = 0) -> Sampling:
         return Sampling(self.num_samples, self.max_new_tokens, self.temperature, top_k, self.sample_batch_size)
-
-
-def inherit_rates(given: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """The rates at the top, those not given from the configuration the checkpoint was trained with."""
-    if missing := [key for key in RATES if given[key] is None and key not in trained]:
-        raise UserError(f"the checkpoint does not say with which {missing[0]} it was trained: give --{missing[0]}")
-    return {key: trained[key] if given[key] is None else given[key] for key in RATES}
 
 
 @dataclass

@@ -1,5 +1,5 @@
-"""What every stage repeats: the run (device, ranks, seed, folder, metrics) and the loop (accumulate, update, clock,
-guard, save, resume). No callbacks, no subclassing: each script keeps its own visible `for step in loop:`.
+"""The loop of every stage: accumulate, update, clock, guard, save, resume. No callbacks, no subclassing: each script
+keeps its own visible `for step in loop:`.
 
     for step in loop:
         if step.due(cfg.eval_every):
@@ -15,140 +15,28 @@ guard, save, resume). No callbacks, no subclassing: each script keeps its own vi
 """
 
 import contextlib
-import dataclasses
-import json
 import math
 import os
-import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from nanochat import device as devices
-from nanochat.checkpoint import (
-    Checkpoint,
-    checkpoint_dir,
-    list_steps,
-    load_checkpoint,
-    restore_rng,
-    rng_state,
-    save_checkpoint,
-)
-from nanochat.common import atomic_write
+from nanochat.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
 from nanochat.config import UserError
 from nanochat.device import Ranks, all_reduce_sum, load_weights, local, whole_tensors
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum
+from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum, role_rates
+from nanochat.run import Run
 
 MAX_BAD_STEPS = 10  # updates in a row that may be skipped for a loss or gradient that is not finite
-
-
-@dataclass
-class Run:
-    """One process of one training run: where it computes and where it writes."""
-
-    source: str  # base, mid, sft, rag, refrag, rl
-    model_tag: str
-    device: torch.device
-    dtype: torch.dtype
-    ranks: Ranks
-    dir: Path
-    tracker: Any = None
-
-    @classmethod
-    def start(
-        cls,
-        source: str,
-        model_tag: str,
-        *,
-        device: str = "",
-        dtype: str = "auto",
-        seed: int = 42,
-        run: str = "dummy",
-        track: str = "none",
-        config: dict[str, Any] | None = None,
-    ) -> "Run":
-        """Pick the device, join the ranks, seed everything, open the tracker that was asked for."""
-        ranks, chosen = devices.init_ranks(devices.pick_device(device))
-        compute = devices.pick_dtype(dtype, chosen)
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
-        if chosen.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        tracker = _tracker(track, run, source, config or {}) if ranks.main else None
-        self = cls(source, model_tag, chosen, compute, ranks, checkpoint_dir(source, model_tag), tracker)
-        self.print(f"device: {devices.describe_device(chosen, compute)}, {ranks.world_size} rank(s)")
-        return self
-
-    def print(self, text: str) -> None:
-        """Only rank 0 talks; never in the middle of a progress bar."""
-        if self.ranks.main:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()  # a log that is followed shows each line when it is written
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.dir / "metrics.jsonl"
-
-    def record(self, row: dict[str, Any]) -> None:
-        """Append one row to metrics.jsonl (rank 0) and hand it to the tracker."""
-        if not self.ranks.main:
-            return
-        self.dir.mkdir(parents=True, exist_ok=True)
-        with open(self.metrics_path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        if self.tracker is not None:
-            self.tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
-
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that will be done again, and a line cut by a kill; -1 = all of them."""
-        if not (self.ranks.main and self.metrics_path.exists()):
-            return
-        kept = []
-        for line in self.metrics_path.read_text(encoding="utf-8", errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError, TypeError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        with atomic_write(self.metrics_path, "w") as f:
-            f.writelines(kept)
-
-    def newest(self, any_ranks: bool = False) -> Checkpoint | None:
-        """The newest whole checkpoint of this run on this rank, or None. any_ranks: also of another number of ranks."""
-        if not list_steps(self.dir):
-            return None
-        ranks = self.ranks
-        return load_checkpoint(self.dir, rank=ranks.rank, world_size=ranks.world_size, any_ranks=any_ranks)
-
-    def close(self) -> None:
-        """End the tracker's run and leave the other ranks."""
-        if self.tracker is not None:
-            self.tracker.finish()
-        devices.leave_ranks()
-
-
-def _tracker(track: str, run: str, source: str, config: dict[str, Any]) -> Any:
-    """wandb and trackio share an interface; 'dummy' as run name means neither (nanochat's habit)."""
-    if track == "none" and run != "dummy":
-        track = "wandb"
-    if track == "none" or run == "dummy":
-        return None
-    if track not in ("wandb", "trackio"):
-        raise UserError(f"track={track!r}: expected none, wandb or trackio")
-    try:
-        module = __import__(track)
-    except ImportError:
-        raise UserError(f"{track} is not installed: uv pip install {track}, or --run=dummy for no tracking") from None
-    return module.init(project=f"nanochat-{source}", name=run, config=config) and module
 
 
 @dataclass(frozen=True)
@@ -456,32 +344,16 @@ def forwards_per_step(total_batch_size: int, device_batch_size: int, seq_len: in
 
 def make_optimizer(
     model: GPT,
+    cfg: Any,
     dtype: torch.dtype,
     ranks: Ranks | None = None,
     *,
-    matrix_lr: float,
-    embedding_lr: float,
-    unembedding_lr: float,
-    scalar_lr: float,
-    ssm_lr: float,
-    weight_decay: float,
+    share: float = 1.0,
+    weight_decay: float = 0.0,
 ) -> MuonAdamW:
-    """The optimizer of every stage. Embedding and head rates are those of width 768, scaled by (d_model / 768)^-0.5."""
-    scale = (model.config.d_model / 768) ** -0.5
-    lrs = {
-        "matrix": matrix_lr,
-        "embedding": embedding_lr * scale,
-        "unembedding": unembedding_lr * scale,
-        "scalar": scalar_lr,
-        "ssm": ssm_lr,
-    }
+    """The optimizer of a stage that trains the whole model, at a share of the rates of its configuration."""
+    lrs = role_rates(cfg, model.config.d_model, share)
     return MuonAdamW(model, model.param_groups(), lrs, weight_decay=weight_decay, dtype=dtype, ranks=ranks)
-
-
-def changed_keys(cfg: Any) -> dict[str, Any]:
-    """The keys of a configuration that differ from their defaults."""
-    default = type(cfg)()
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if v != getattr(default, k)}
 
 
 @contextlib.contextmanager

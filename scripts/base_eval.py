@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import atomic_write, base_dir, git_state, read_json, run_script, write_json
 from nanochat.config import UserError, load_config
 from nanochat.core_bundle import CORE_TASKS, CoreTask, core_folder, task_file
@@ -167,7 +167,7 @@ def load(cfg: BaseEvalConfig, device: torch.device) -> tuple[Scorer, str, str]:
         name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(cfg.hf_path).resolve().name)
         return scorer, f"hf_{name}", f"{cfg.hf_path}; {describe_device(device, dtype)}"
     model, tokenizer, meta = load_model(cfg.source, device, cfg.model_tag, cfg.step, dtype=cfg.dtype)
-    tag = cfg.model_tag or meta["train_config"].get("model_tag") or f"d{model.config.n_layer}"
+    tag = cfg.model_tag or tag_of(meta)
     name = f"{cfg.source}_{tag}_{meta['step']:06d}"
     return GPTScorer(model, tokenizer), name, f"{name}; {describe_device(device, model.compute_dtype)}"
 

@@ -9,13 +9,15 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
 
 from nanochat.blocks import entry_names
-from nanochat.common import git_state, run_script
-from nanochat.config import UserError, load_config
+from nanochat.checkpoint import checkpoint_meta
+from nanochat.common import run_script
+from nanochat.config import UserError, changed_keys, load_config
 from nanochat.core_bundle import CORE_TASKS, core_folder
 from nanochat.core_eval import GPTScorer, core, evaluate_core
 from nanochat.dataloader import Batch, PackedLoader, document_index, val_windows
@@ -24,18 +26,11 @@ from nanochat.device import Ranks, gathered, lost_ranks, shard_model
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, check_schedule
 from nanochat.report import log_stage, plot_metrics
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import (
-    Loop,
-    Run,
-    changed_keys,
-    compile_model,
-    forwards_per_step,
-    make_optimizer,
-    memory_advice,
-)
+from nanochat.train import Loop, compile_model, forwards_per_step, make_optimizer, memory_advice
 
 PROMPTS = ("The capital of", "The river", "She was born in", "If yesterday was Friday, then tomorrow is")
 
@@ -132,10 +127,7 @@ class BaseTrainConfig:
             raise ValueError(
                 "nothing says how long to train: set --num_iterations, --target_flops or --target_param_data_ratio > 0"
             )
-        if self.warmup_ratio + self.warmdown_ratio > 1 or min(self.warmup_ratio, self.warmdown_ratio) < 0:
-            raise ValueError(
-                f"warmup_ratio={self.warmup_ratio} + warmdown_ratio={self.warmdown_ratio} must lie in 0..1"
-            )
+        check_schedule(self.warmup_ratio, self.warmdown_ratio)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model this configuration describes, for a vocabulary of this size."""
@@ -162,10 +154,7 @@ class BaseTrainConfig:
         return max(1, math.ceil(self.target_param_data_ratio * model.n_params()["total"] / tokens_per_step))
 
     def make_optimizer(self, model: GPT, dtype: torch.dtype, ranks: Ranks | None = None) -> MuonAdamW:
-        return make_optimizer(
-            model, dtype, ranks, matrix_lr=self.matrix_lr, embedding_lr=self.embedding_lr, scalar_lr=self.scalar_lr,
-            unembedding_lr=self.unembedding_lr, ssm_lr=self.ssm_lr, weight_decay=self.weight_decay,
-        )  # fmt: skip
+        return make_optimizer(model, self, dtype, ranks, weight_decay=self.weight_decay)
 
 
 def build_model(
@@ -185,10 +174,7 @@ def main(argv: list[str]) -> None:
     train_shards, val_shards = shard_paths("train"), shard_paths("val")
     config = cfg.gpt_config(tokenizer.vocab_size)
     tag = cfg.model_tag or f"d{cfg.depth}"
-    run = Run.start(
-        "base", tag, device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track,
-        config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    run = Run.start("base", tag, cfg)
     ranks, T = run.ranks, cfg.max_seq_len
     grad_accum = cfg.grad_accum(ranks.world_size)
     model, kernels = build_model(config, run.device, run.dtype, cfg.kernels, cfg.seed)
@@ -203,33 +189,18 @@ def main(argv: list[str]) -> None:
         run, model, cfg.make_optimizer(model, run.dtype, ranks), num_iterations=num_iterations, grad_accum=grad_accum,
         tokens_per_step=tokens_per_step, flops_per_token=model.flops_per_token(), grad_clip=cfg.grad_clip,
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
-        keep_last=cfg.keep_last,
-        meta={
-            "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-            "tokenizer_hash": tokenizer.hash, "kernels": kernels, "git": git_state(),
-        },
+        keep_last=cfg.keep_last, meta=checkpoint_meta(model, tokenizer, cfg),
     )  # fmt: skip
-    cursors = loop.begin_streams(cfg.resume)  # where to go on in the data
-    batches = Streams([
-        PackedLoader(
-            train_shards, tokenizer, cfg.device_batch_size, T, device=run.device, cursor=cursor,
-            rank=cursor["rank"] if cursor else ranks.rank,
-            world_size=cursor["world_size"] if cursor else ranks.world_size,
-        )
-        for cursor in cursors or [None]
-    ], cursors or [{}], grad_accum)  # fmt: skip
+    batches = open_streams(cfg, run, tokenizer, train_shards, loop.begin_streams(cfg.resume), grad_accum)
     val_x, val_y = (t.to(run.device) for t in val_windows(val_shards, tokenizer, T, cfg.eval_tokens))
     val_doc = document_index(val_x, tokenizer.bos_id) if cfg.doc_mask else None
     forward = compile_model(model) if cfg.compile else model
-
-    def validate() -> float:
-        return evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
 
     samples: list[str] = []
     with batches, memory_advice(cfg.device_batch_size, T), lost_ranks(ranks):
         for step in loop:
             if step.due(cfg.eval_every) or (step.number == 0 and cfg.eval_every >= 0):
-                val_bpb = validate()
+                val_bpb = evaluate_bpb(model, val_x, val_y, tokenizer.token_bytes, cfg.device_batch_size, val_doc)
                 loop.log(val_bpb=val_bpb)
                 loop.meta["val_bpb"] = val_bpb
                 loop.meta.setdefault("untrained_val_bpb", val_bpb)
@@ -286,6 +257,23 @@ class Streams:
             loader.close()
 
 
+def open_streams(
+    cfg: BaseTrainConfig, run: Run, tokenizer: Tokenizer, shards: list[Path], cursors: list[dict[str, Any]],
+    grad_accum: int,
+) -> Streams:  # fmt: skip
+    """This rank's streams: from the cursors of those it reads on, or, without any, one from the beginning."""
+    loaders = []
+    for cursor in cursors or [None]:
+        dealt = cursor or {"rank": run.ranks.rank, "world_size": run.ranks.world_size}
+        loaders.append(
+            PackedLoader(
+                shards, tokenizer, cfg.device_batch_size, cfg.max_seq_len, device=run.device, cursor=cursor,
+                rank=dealt["rank"], world_size=dealt["world_size"],
+            )
+        )  # fmt: skip
+    return Streams(loaders, cursors or [{}], grad_accum)
+
+
 def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: int, forwards: str) -> None:
     """What is about to be trained, in four lines."""
     n, flops = model.n_params(), model.flops_per_token() / 1e6
@@ -336,7 +324,7 @@ def report(cfg: BaseTrainConfig, run: Run, loop: Loop, samples: list[str]) -> No
         "mfu": last.get("mfu", float("nan")),
         "minutes": loop.seconds / 60,
         "updates skipped": loop.skipped,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text = "".join(f"- {t}\n" for t in samples)
     log_stage(

@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answer, Score, chat_core, chat_core_name, evaluate
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import atomic_write, base_dir, read_json, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import Ranks, all_reduce_sum, describe_device, init_ranks, leave_ranks, pick_device
@@ -225,7 +225,7 @@ def main(argv: list[str]) -> None:
     ranks, device = init_ranks(pick_device(cfg.device))
     tasks = load_tasks_once(task_names(cfg.tasks), ranks, device)
     model, tokenizer, meta = load_model(cfg.source, device, cfg.model_tag, cfg.step, dtype=cfg.dtype)
-    tag = cfg.model_tag or meta.get("train_config", {}).get("model_tag") or f"d{model.config.n_layer}"
+    tag = cfg.model_tag or tag_of(meta)
     checkpoint = f"{cfg.source}_{tag}_{meta['step']:06d}"
     if ranks.main:
         print(f"{checkpoint}; {describe_device(device, model.compute_dtype)}", flush=True)

@@ -10,19 +10,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from nanochat.checkpoint import load_model
-from nanochat.common import git_state, run_script
-from nanochat.config import load_config
+from nanochat.checkpoint import checkpoint_meta, load_model, tag_of
+from nanochat.common import run_script
+from nanochat.config import changed_keys, load_config
 from nanochat.device import init_ranks, pick_device
 from nanochat.engine import Engine
-from nanochat.finetune_config import RATES
+from nanochat.finetune_config import inherit
 from nanochat.gpt import GPT
 from nanochat.report import log_stage
 from nanochat.rl import Actor, Batch, Order, collect, evaluate, mix_seed, task_judge
 from nanochat.rl_health import Health
-from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage, inherit_rates
+from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, make_optimizer, memory_advice
+from nanochat.train import Loop, make_optimizer, memory_advice
 from tasks.common import Task
 from tasks.mixtures import rl_task
 
@@ -93,9 +94,8 @@ def main(argv: list[str]) -> None:
     ranks = run.ranks
     n_examples = cfg.examples_per_rank(ranks.world_size)
     reference = copy.deepcopy(model).eval() if cfg.kl_coef else None
-    rates = {key: getattr(cfg, key) * cfg.init_lr_frac for key in RATES}
     loop = Loop(
-        run, model, make_optimizer(model, run.dtype, ranks, **rates, weight_decay=0.0),
+        run, model, make_optimizer(model, cfg, run.dtype, ranks, share=cfg.init_lr_frac),
         num_iterations=cfg.iterations(len(train)), grad_clip=cfg.grad_clip, schedule=(0.0, 1.0, 0.0),
         log_every=cfg.log_every, keep_last=cfg.keep_last, meta=meta,
     )  # fmt: skip
@@ -136,22 +136,12 @@ def load_start(cfg: ChatRLConfig) -> tuple[ChatRLConfig, Run, GPT, Tokenizer, di
     model, tokenizer, meta = load_model(
         cfg.source, device, cfg.model_tag, cfg.step, dtype=cfg.dtype, kernels=cfg.kernels
     )
-    trained = meta["train_config"]
-    tag = cfg.model_tag or trained.get("model_tag") or f"d{model.config.n_layer}"
-    cfg = dataclasses.replace(
-        cfg, **inherit_rates({k: getattr(cfg, k) for k in RATES}, trained), model_tag=tag, step=meta["step"]
-    )
-    run = Run.start(
-        "rl", tag, device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run, track=cfg.track,
-        config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    tag = cfg.model_tag or tag_of(meta)
+    cfg = dataclasses.replace(cfg, **inherit(cfg, meta["train_config"]), model_tag=tag, step=meta["step"])
+    run = Run.start("rl", tag, cfg)
     run.print(f"start: {cfg.source} {tag}, step {cfg.step}: {model.n_params()['total'] / 1e6:.2f}M parameters")
     run.print(f"kernels: {model.kernels.reason}")
-    return cfg, run, model, tokenizer, {
-        "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-        "tokenizer_hash": tokenizer.hash, "kernels": model.kernels.reason, "git": git_state(),
-        "source": {"stage": cfg.source, "model_tag": tag, "step": cfg.step},
-    }  # fmt: skip
+    return cfg, run, model, tokenizer, checkpoint_meta(model, tokenizer, cfg, (cfg.source, tag, meta["step"]))
 
 
 def make_actor(cfg: ChatRLConfig, model: GPT, tokenizer: Tokenizer, task: Task) -> Actor:
@@ -168,7 +158,7 @@ def report(cfg: ChatRLConfig, stage: Stage) -> None:
         "source": f"{cfg.source}, step {cfg.step}",
         "task": cfg.task,
         **stage.metrics(),
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     log_stage("chat_rl", metrics, text=stage.pass_table(), plots=stage.plots())
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from nanochat.blocks import Block
 from nanochat.blocks.attn import AttentionBlock
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import base_dir, raise_disk_error, run_script, write_json
 from nanochat.config import UserError, load_config
 from nanochat.gpt import GPT
@@ -168,7 +168,7 @@ def write_folder(output: Path, files: dict[str, Any], tensors: dict[str, Tensor]
 def main(argv: list[str]) -> None:
     cfg = load_config(ExportConfig, argv)
     model, tokenizer, meta = load_model(cfg.source, "cpu", cfg.model_tag, cfg.step)
-    tag = cfg.model_tag or meta["train_config"].get("model_tag") or f"d{model.config.n_layer}"
+    tag = cfg.model_tag or tag_of(meta)
     default = base_dir() / "export" / f"{cfg.source}_{tag}_{meta['step']:06d}_{cfg.format}"
     output = Path(cfg.output) if cfg.output else default
     if output.exists():

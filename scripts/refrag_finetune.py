@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from nanochat.checkpoint import checkpoint_dir, list_steps, load_checkpoint, load_model
-from nanochat.common import git_state, run_script
-from nanochat.config import UserError, load_config
+from nanochat.checkpoint import checkpoint_dir, checkpoint_meta, list_steps, load_checkpoint, load_model
+from nanochat.common import run_script
+from nanochat.config import UserError, changed_keys, load_config
 from nanochat.finetune import Start, finish, make_loop, open_batches, start_from, val_rows, validate
-from nanochat.finetune_config import RATES, FinetuneConfig
+from nanochat.finetune_config import FinetuneConfig, inherit
 from nanochat.gpt import GPT
 from nanochat.multihop_eval import ceiling, difference_table, em_table, search_and_answer, search_table, traces
 from nanochat.multihop_rl import (
@@ -46,10 +46,11 @@ from nanochat.report import log_stage
 from nanochat.retrieval import KnowledgeBase
 from nanochat.rl import Actor, Algorithm, Batch, collect, evaluate, mix_seed, remember
 from nanochat.rl_health import Health
-from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage, inherit_rates
+from nanochat.rl_stage import EVAL_SEED, RLKeys, Stage
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import Tool
-from nanochat.train import Loop, Run, changed_keys, compile_model, make_optimizer, memory_advice
+from nanochat.train import Loop, compile_model, make_optimizer, memory_advice
 from tasks.mixtures import DEFAULT, MIXTURES, with_chat
 from tasks.multihop import ColdStart, Row, usable
 from tasks.rag import dataset_folder, load_rows
@@ -298,26 +299,16 @@ def reinforce(cfg: MultihopConfig, data: Data, source: str, tag: str) -> None:
 
 def open_run(cfg: MultihopConfig, source: str, tag: str) -> tuple[MultihopConfig, Loop, Tokenizer]:
     """-> (cfg with the rates and sizes of the checkpoint, the loop, its tokenizer)."""
-    run = Run.start(
-        "refrag", cfg.out_tag or cfg.model_tag or tag.removesuffix("_cold"), device=cfg.device, dtype=cfg.dtype,
-        seed=cfg.seed, run=cfg.run, track=cfg.track, config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    run = Run.start("refrag", cfg.out_tag or cfg.model_tag or tag.removesuffix("_cold"), cfg)
     model, tokenizer, meta = load_model(source, run.device, tag, dtype=cfg.dtype, kernels=cfg.kernels)
     trained = meta["train_config"]
-    rates = inherit_rates({key: getattr(cfg, key) for key in RATES}, trained)
     size = cfg.device_batch_size or trained.get("device_batch_size")
-    cfg = dataclasses.replace(cfg, **rates, device_batch_size=size, model_tag=run.model_tag)
-    optimizer = make_optimizer(
-        model, run.dtype, run.ranks, **{k: lr * cfg.rl_lr_frac for k, lr in rates.items()}, weight_decay=0.0
-    )
+    cfg = dataclasses.replace(cfg, **inherit(cfg, trained), device_batch_size=size, model_tag=run.model_tag)
+    optimizer = make_optimizer(model, cfg, run.dtype, run.ranks, share=cfg.rl_lr_frac)
     loop = Loop(
         run, model, optimizer, num_iterations=cfg.max_iterations, grad_clip=cfg.rl_grad_clip, schedule=(0.0, 1.0, 0.0),
         log_every=cfg.log_every, keep_last=cfg.keep_last,
-        meta={
-            "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-            "tokenizer_hash": tokenizer.hash, "kernels": model.kernels.reason, "git": git_state(),
-            "source": {"stage": source, "model_tag": tag, "step": meta["step"]},
-        },
+        meta=checkpoint_meta(model, tokenizer, cfg, (source, tag, meta["step"])),
     )  # fmt: skip
     return cfg, loop, tokenizer
 
@@ -360,7 +351,7 @@ def report(stage: Stage, learner: Learner, held_out: Sequence[Row]) -> None:
         "reward": cfg.reward,
         "last level": describe(learner.curriculum.level),
         **stage.metrics(),
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     log_stage("refrag_training", metrics, text=text, plots=stage.plots())
 

@@ -39,9 +39,7 @@ class Source:
         return base_dir() / "task_data" / self.hub.replace("/", "--")
 
 
-def split_rows(
-    name: str, split: str, sources: Mapping[str, Source], key: Callable[[Any], str], val_file: bool = False
-) -> Sequence[Any]:
+def split_rows(name: str, split: str, sources: Mapping[str, Source], key: Callable[[Any], str]) -> Sequence[Any]:
     """Rows of a split of the set `name`.
 
     Without a source of its own "val" is a twentieth of the training rows (chosen by the checksum of key(row), so that

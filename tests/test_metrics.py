@@ -15,13 +15,11 @@ from nanochat.retrieval.metrics import (
     cover_match,
     exact_match,
     f1,
-    hit_at_k,
     mean_interval,
     mrr_at_k,
     ndcg_at_k,
     normalize,
     paired_bootstrap,
-    precision_at_k,
     recall_at_k,
 )
 
@@ -94,8 +92,6 @@ def test_answers_given_as_one_text_are_refused() -> None:
 def test_ranking_measures_by_hand() -> None:
     ranked, gold = ["a", "x", "b", "y", "c"], {"a", "b", "c", "missing"}
     assert [recall_at_k(ranked, gold, k) for k in (1, 3, 5, 9)] == [0.25, 0.5, 0.75, 0.75]
-    assert [precision_at_k(ranked, gold, k) for k in (1, 3, 5, 10)] == [1, 2 / 3, 0.6, 0.3]
-    assert [hit_at_k(ranked, {"b"}, k) for k in (2, 3)] == [0, 1]
     assert [mrr_at_k(ranked, {"b", "c"}, k) for k in (2, 3)] == [0, 1 / 3]
     assert [all_recall_at_k(ranked, {"a", "b"}, k) for k in (2, 3)] == [0, 1]
     assert all_recall_at_k(ranked, gold, 9) == 0
@@ -121,13 +117,13 @@ def test_ndcg_equals_scikit_learn() -> None:
 
 
 def test_a_document_ranked_twice_counts_once() -> None:
-    for measure in (recall_at_k, all_recall_at_k, hit_at_k, precision_at_k, mrr_at_k, ndcg_at_k):
+    for measure in (recall_at_k, all_recall_at_k, mrr_at_k, ndcg_at_k):
         for k in (1, 2, 3):
             assert measure(["a", "a", "x", "a", "b"], {"a", "b"}, k) == measure(["a", "x", "b"], {"a", "b"}, k)
 
 
 def test_without_relevant_documents_there_is_no_score() -> None:
-    for measure in (recall_at_k, all_recall_at_k, hit_at_k, precision_at_k, mrr_at_k, ndcg_at_k):
+    for measure in (recall_at_k, all_recall_at_k, mrr_at_k, ndcg_at_k):
         assert measure(["a"], set(), 5) is None
         assert measure([], {"a"}, 5) == 0
     assert ndcg_at_k(["a"], {"a": 0}, 5) is None

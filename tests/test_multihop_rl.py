@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nanochat import multihop_eval, plots
 from nanochat.config import UserError, load_config
+from nanochat.finetune_config import inherit
 from nanochat.multihop_eval import Episode, ceiling, difference, em_table, per_question, search_and_answer, traces
 from nanochat.multihop_rl import (
     REWARDS,
@@ -32,7 +33,6 @@ from nanochat.multihop_rl import (
 )
 from nanochat.retrieval import KnowledgeBase
 from nanochat.rl import Batch, Order, Sampling, Trajectory, policy_loss, remember, rollouts, weights, well_formed
-from nanochat.rl_stage import inherit_rates
 from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import NO_MORE_SEARCHES, NOTHING_FOUND
@@ -580,7 +580,7 @@ def test_the_shipped_config_loads_and_the_other_mode_is_reached() -> None:
 
 def test_rates_come_from_the_checkpoint_unless_given() -> None:
     names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "ssm_lr")
-    given: dict[str, Any] = {**dict.fromkeys(names), "matrix_lr": 0.5}
-    assert inherit_rates(given, dict.fromkeys(names, 0.1)) == {**dict.fromkeys(names, 0.1), "matrix_lr": 0.5}
-    with pytest.raises(UserError, match="give --embedding_lr"):
-        inherit_rates(given, {})
+    cfg = MultihopConfig(matrix_lr=0.5)
+    assert inherit(cfg, dict.fromkeys(names, 0.1)) == {name: 0.1 for name in names if name != "matrix_lr"}
+    with pytest.raises(UserError, match="with which embedding_lr it was trained: give --embedding_lr"):
+        inherit(cfg, {})

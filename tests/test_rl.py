@@ -38,9 +38,10 @@ from nanochat.rl import (
     well_formed,
 )
 from nanochat.rl_health import FALLS, Guard, Health, plot_health
+from nanochat.run import Run
 from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run
+from nanochat.train import Loop
 from scripts import base_train, chat_rl, chat_sft, mid_train
 from tasks import mixtures
 from tasks.common import Task, exchange

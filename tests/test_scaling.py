@@ -26,13 +26,16 @@ from nanochat.checkpoint import load_checkpoint
 from nanochat.common import REPO_DIR
 from nanochat.config import UserError
 from nanochat.device import rows_of, shard_model
+from nanochat.finetune import make_loop, start_from
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.plots import read_metrics
+from nanochat.run import Run
 from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run
+from nanochat.train import Loop
 from scripts import base_train
+from scripts.mid_train import MidTrainConfig
 
 PATTERNS = {"attention": "T", "hybrid": "M,T,M2,G"}
 LRS = {"matrix": 0.02, "embedding": 0.1, "unembedding": 0.01, "scalar": 0.02, "ssm": 0.01}
@@ -124,7 +127,7 @@ def close(a: dict[int, dict], b: dict[int, dict], keys: tuple[str, ...] = ("loss
 
 def losses(pattern: str, parallel: str, steps: int = 4) -> list[tuple[float, float]]:
     """(loss, gradient norm) of a few steps over the same 12 rows, dealt to the ranks; some rows have no target."""
-    run = Run.start("base", "t", device="cpu", dtype="float32")
+    run = Run.start("base", "t", base_train.BaseTrainConfig(device="cpu", dtype="float32"))
     rank, world = run.ranks.rank, run.ranks.world_size
     config = GPTConfig(
         4,
@@ -203,6 +206,27 @@ def test_slices_of_moments_are_cut_anew_for_any_number_of_ranks() -> None:
                 assert found[f"w[{lo}:{hi}].step"] == 7
                 assert all(torch.equal(found[f"w[{lo}:{hi}].{key}"], t[lo:hi]) for key, t in moments.items())
     assert "w[0:10].step" not in optim._cut_anew({"w[5:10].step": torch.tensor(7.0)}, ["w[0:10]"])
+
+
+def test_a_stage_goes_on_with_the_moments_of_any_number_of_ranks(text: Path, tmp_path: Path) -> None:
+    brief = ["--eval_every=-1", "--num_iterations=1", "--model_tag=t"]
+    together(2, base_train.main, [*TINY, *brief], log=tmp_path / "log")
+    said = {"messages": [{"role": role, "content": "the river"} for role in ("user", "assistant")]}
+    cfg = MidTrainConfig(device="cpu", dtype="float32", num_iterations=1, model_tag="t")
+    moments = make_loop(start_from(cfg, "mid"), [said]).optimizer.state_tensors()
+    saved = load_checkpoint(text / "base_checkpoints/t", any_ranks=True, world_size=1).optim or {}
+    cut = re.compile(r"\[(\d+):\d+\]")
+
+    def first_row(name: str) -> int:
+        found = cut.search(name)
+        return int(found[1]) if found else 0
+
+    assert {cut.sub("", name) for name in saved} == {cut.sub("", name) for name in moments} and len(saved) > len(
+        moments
+    )
+    for name, t in moments.items():
+        parts = [saved[s] for s in sorted(saved, key=first_row) if cut.sub("", s) == cut.sub("", name)]
+        assert torch.equal(t, torch.cat(parts) if t.ndim else parts[0]), name
 
 
 def copy_at(folder: Path, tag: str, step: int) -> Path:

@@ -19,9 +19,10 @@ from nanochat.config import UserError, load_config
 from nanochat.device import Ranks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
+from nanochat.run import Run
 from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, Step
+from nanochat.train import Loop, Step
 from scripts import base_train
 from scripts.base_train import BaseTrainConfig
 

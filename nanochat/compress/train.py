@@ -16,22 +16,22 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from nanochat.checkpoint import list_steps, load_model
-from nanochat.common import git_state
+from nanochat.checkpoint import checkpoint_meta, list_steps, load_model, tag_of
 from nanochat.compress import evaluate as evaluation
 from nanochat.compress.chunks import Prompt
 from nanochat.compress.reader import Reader, document_prompt
 from nanochat.compress.stages import Stream, distil, of_size, reconstruct, reinforce, spread, supervise
-from nanochat.config import UserError
+from nanochat.config import UserError, changed_keys
 from nanochat.device import init_ranks, pick_device
-from nanochat.finetune_config import RATES
+from nanochat.finetune_config import inherit
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, role_rates
 from nanochat.plots import plot_metrics
 from nanochat.report import log_stage
 from nanochat.rl import mix_seed
+from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import Loop, Run, changed_keys, memory_advice
+from nanochat.train import Loop, memory_advice
 
 STAGES = ("reconstruction", "continuation", "questions", "supervise", "reinforce")
 
@@ -202,27 +202,16 @@ def start(cfg: CompressConfig) -> tuple[CompressConfig, Run, Reader, dict[str, A
     model, tokenizer, meta = load_model(
         cfg.source, device, cfg.model_tag, cfg.step, dtype=cfg.dtype, kernels=cfg.kernels
     )
-    trained = meta["train_config"]
-    tag = cfg.model_tag or trained.get("model_tag") or f"d{model.config.n_layer}"
-    rates = {key: trained.get(key) if getattr(cfg, key) is None else getattr(cfg, key) for key in RATES}
-    if missing := [key for key, lr in rates.items() if lr is None]:
-        raise UserError(f"the checkpoint does not say with which {missing[0]} it was trained: give --{missing[0]}")
-    cfg = dataclasses.replace(cfg, **rates, model_tag=tag, step=meta["step"])
-    run = Run.start(
-        "refrag", cfg.out_tag or f"{tag}_compress", device=cfg.device, dtype=cfg.dtype, seed=cfg.seed, run=cfg.run,
-        track=cfg.track, config=dataclasses.asdict(cfg),
-    )  # fmt: skip
+    tag = cfg.model_tag or tag_of(meta)
+    cfg = dataclasses.replace(cfg, **inherit(cfg, meta["train_config"]), model_tag=tag, step=meta["step"])
+    run = Run.start("refrag", cfg.out_tag or f"{tag}_compress", cfg)
     reader = Reader.new(model, tokenizer, cfg.chunk_tokens, cfg.encoder_layers, cfg.seed)
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model, reader.encoder, reader.policies["rl"])]
     run.print(
         f"start: {cfg.source} {tag}, step {cfg.step}: {sizes[0]:.2f}M parameters; chunks of {reader.k} tokens, encoder "
         f"of {len(reader.encoder.body.layers)} blocks {sizes[1]:.2f}M, policy {sizes[2]:.2f}M"
     )
-    return cfg, run, reader, {
-        "model_config": dataclasses.asdict(model.config), "train_config": dataclasses.asdict(cfg),
-        "tokenizer_hash": tokenizer.hash, "kernels": model.kernels.reason, "git": git_state(),
-        "source": {"stage": cfg.source, "model_tag": tag, "step": cfg.step},
-    }  # fmt: skip
+    return cfg, run, reader, checkpoint_meta(model, tokenizer, cfg, (cfg.source, tag, meta["step"]))
 
 
 @dataclass
@@ -259,12 +248,8 @@ class Trainer:
         cfg, reader = self.cfg, self.reader
         for module in (reader.model, reader.encoder, *reader.policies.values()):
             module.requires_grad_(False)
-        scale = (reader.model.config.d_model / 768) ** -0.5
         frac = cfg.encoder_lr_frac if stage == "reconstruction" else cfg.init_lr_frac
-        rates = {key: frac * getattr(cfg, key) for key in RATES}
-        lrs = {"matrix": rates["matrix_lr"], "embedding": rates["embedding_lr"] * scale,
-               "unembedding": rates["unembedding_lr"] * scale, "scalar": rates["scalar_lr"],
-               "ssm": rates["ssm_lr"]}  # fmt: skip
+        lrs = role_rates(cfg, reader.model.config.d_model, frac)
         modules: dict[str, nn.Module] = {"encoder": reader.encoder}
         groups = reader.encoder.param_groups()
         if stage in ("continuation", "questions"):
@@ -330,7 +315,7 @@ def finish(cfg: CompressConfig, run: Run, reader: Reader, data: Contexts, loop: 
         "tokens of a chunk, at most": cfg.chunk_tokens,
         "train loss (smoothed)": loop.smooth_loss,
         "minutes": loop.seconds / 60,
-        "config": ", ".join(f"{k}={v}" for k, v in changed_keys(cfg).items()) or "defaults",
+        "config": changed_keys(cfg),
     }
     text, plots = "", plot_metrics(run.metrics_path)
     if val:

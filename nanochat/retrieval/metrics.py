@@ -74,16 +74,6 @@ def all_recall_at_k(ranked: Iterable[Hashable], gold: Collection[Hashable], k: i
     return float(set(gold) <= set(_top(ranked, k))) if gold else None
 
 
-def hit_at_k(ranked: Iterable[Hashable], gold: Collection[Hashable], k: int) -> float | None:
-    """1.0 where any relevant document is among the first k."""
-    return float(not set(gold).isdisjoint(_top(ranked, k))) if gold else None
-
-
-def precision_at_k(ranked: Iterable[Hashable], gold: Collection[Hashable], k: int) -> float | None:
-    """Relevant documents among the first k, divided by k also where fewer were found (as trec_eval does)."""
-    return len(set(_top(ranked, k)) & set(gold)) / k if gold else None
-
-
 def mrr_at_k(ranked: Iterable[Hashable], gold: Collection[Hashable], k: int) -> float | None:
     """1 / rank of the first relevant document, 0.0 where it is not among the first k."""
     if not gold:

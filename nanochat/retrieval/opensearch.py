@@ -13,9 +13,7 @@ An interrupted build goes on where it stopped when it is called again with the s
 says how many are in, and a hash that they are the same.
 """
 
-import json
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -28,11 +26,11 @@ from nanochat.retrieval.opensearch_build import FORMAT, Writer, add_documents, b
 from nanochat.retrieval.opensearch_engine import LONG_S, Engine, parse_address
 from nanochat.retrieval.opensearch_records import OpenSearchDense, clauses, document_of, indexed_text, record_id
 from nanochat.retrieval.opensearch_search import MAX_WINDOW, Records, RemoteBm25, RemoteDense, remote_class
+from nanochat.retrieval.registry import Opened, check_index
 
 WORDS = re.compile(r"\w+")
 CHUNKS = {"exists": {"field": "id"}}
 DOCUMENTS = {"term": {"chunk": 0}}
-KEEP_RETRIEVERS = 16  # opened with options of their own
 
 Found = tuple[int, float, tuple[str, ...]]  # chunk id, score, trace
 
@@ -60,8 +58,7 @@ class OpenSearchBase:
         self.manifest: dict[str, Any] = meta
         _check_encoder(self.path, meta, encoder)
         self._records = Records(self.engine)
-        self._retrievers: dict[str, tuple[Retriever, Any]] = {}
-        self._lock = threading.RLock()  # a retriever may open another
+        self._opened = Opened()
         self.refresh()
 
     # ---- making and opening ----
@@ -114,15 +111,7 @@ class OpenSearchBase:
     def retriever(self, name: str, options: dict[str, Any] | None = None) -> Retriever:
         if options and name in ("bm25", "dense"):
             raise UserError(f"retriever {name!r} of {self.path} takes no options: they were set when it was built")
-        key = f"{name} {json.dumps(options or {}, sort_keys=True, default=lambda value: f'object {id(value)}')}"
-        with self._lock:
-            if key not in self._retrievers:
-                made = self._make(name, options)
-                while len(self._retrievers) >= KEEP_RETRIEVERS:
-                    self._retrievers.pop(next(iter(self._retrievers)))
-                # options are kept with it: while they live, no other object has their id
-                self._retrievers[key] = made, options
-            return self._retrievers[key][0]
+        return self._opened.get(name, options, lambda: self._make(name, options))
 
     def _make(self, name: str, options: dict[str, Any] | None) -> Any:
         made = remote_class(name)
@@ -141,12 +130,8 @@ class OpenSearchBase:
         return RemoteDense(self.engine, self._records, self.encoder, OpenSearchDense(**self.options("dense")))
 
     def _check_index(self, index: str, retriever: str = "") -> None:
-        have = self.manifest["indexes"]
-        if index not in have:
-            what = f"retriever {retriever!r} needs the index {index!r}" if retriever else f"there is no index {index!r}"
-            raise UserError(
-                f"{what}, {self.path} has {', '.join(have)}: build it with retriever='hybrid' and an encoder"
-            )
+        cure = "retriever='hybrid' and an encoder"
+        check_index(self.path, self.manifest["indexes"], index, retriever, cure)
 
     # ---- searching ----
 

@@ -2,9 +2,15 @@
 
 import difflib
 import importlib
+import json
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nanochat.config import UserError
+from nanochat.retrieval.contract import Retriever
+
+KEEP_RETRIEVERS = 16  # opened, by name and options
 
 RETRIEVERS = {
     "simple": "nanochat.retrieval.simple:SimpleRetriever",
@@ -38,3 +44,29 @@ def _load(name: str, known: dict[str, str], what: str) -> Any:
         )
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+class Opened:
+    """The retrievers of a base that were asked for last, each opened once for its name and options. For any thread."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[Retriever, Any]] = {}
+        self._lock = threading.RLock()  # a retriever may open another
+
+    def get(self, name: str, options: dict[str, Any] | None, make: Callable[[], Any]) -> Retriever:
+        key = f"{name} {json.dumps(options or {}, sort_keys=True, default=lambda value: f'object {id(value)}')}"
+        with self._lock:
+            if key not in self._made:
+                made = make()
+                while len(self._made) >= KEEP_RETRIEVERS:
+                    self._made.pop(next(iter(self._made)))
+                # options are kept with it: while they live, no other object has their id
+                self._made[key] = made, options
+            return self._made[key][0]
+
+
+def check_index(path: Any, have: Mapping[str, Any], index: str, retriever: str, cure: str) -> None:
+    """UserError where the base at path has no such index; retriever: the one that needs it, "" = none."""
+    if index not in have:
+        what = f"retriever {retriever!r} needs the index {index!r}" if retriever else f"there is no index {index!r}"
+        raise UserError(f"{what}, {path} has {', '.join(have) or 'none'}: build it with {cure}")

@@ -16,13 +16,12 @@ from nanochat.retrieval import manifest as manifests
 from nanochat.retrieval.contract import NO_HIT, Retriever
 from nanochat.retrieval.document import Chunk, Document, Hit
 from nanochat.retrieval.mmr import mmr as rank_mmr
-from nanochat.retrieval.registry import retriever_class
+from nanochat.retrieval.registry import Opened, check_index, retriever_class
 from nanochat.retrieval.simple import words
 from nanochat.retrieval.store import Segment
 from nanochat.retrieval.where import Test, parse_where
 
 ENCODED = "dense"  # the index an encoder object given to build and open is for
-KEEP_RETRIEVERS = 16  # opened, by name and options
 KEEP_MASKS = 16  # one bool per chunk each, by filter
 LETTER = re.compile(r"\w")
 
@@ -45,8 +44,8 @@ class Snapshot:
         self.n_chunks = self.first_chunks[-1]
         self.deleted = [_deleted_rows(path, entry) for entry in manifest["segments"]]
         self.n_documents = self.first_documents[-1] - sum(len(rows) for rows in self.deleted)
-        self._retrievers: dict[str, tuple[Retriever, Any]] = {}
-        self._lock = threading.RLock()  # of both caches; a retriever may open another
+        self._opened = Opened()
+        self._lock = threading.Lock()  # of the masks
         self._masks: dict[str, np.ndarray] = {}
 
     # ---- what a retriever asks (contract.Base) ----
@@ -72,30 +71,20 @@ class Snapshot:
 
     def retriever(self, name: str, options: dict[str, Any] | None = None) -> Retriever:
         """Opened once for each name and options."""
-        key = name
-        if options:
-            key += json.dumps(options, sort_keys=True, default=lambda value: f"object {id(value)}")
-        with self._lock:
-            if key not in self._retrievers:
-                made = retriever_class(name)
-                for index in made.needs:
-                    self._check_index(index, name)
-                    self.options(index)
-                manifests.check_sizes(self.path, self.manifest)
-                while len(self._retrievers) >= KEEP_RETRIEVERS:
-                    self._retrievers.pop(next(iter(self._retrievers)))
-                # options are kept with it: while they live, no other object has their id
-                self._retrievers[key] = made(self, options), options
-            return self._retrievers[key][0]
+
+        def make() -> Any:
+            made = retriever_class(name)
+            for index in made.needs:
+                self._check_index(index, name)
+                self.options(index)
+            manifests.check_sizes(self.path, self.manifest)
+            return made(self, options)
+
+        return self._opened.get(name, options, make)
 
     def _check_index(self, index: str, retriever: str = "") -> None:
-        have = self.manifest["indexes"]
-        if index not in have:
-            what = f"retriever {retriever!r} needs the index {index!r}" if retriever else f"there is no index {index!r}"
-            raise UserError(
-                f"{what}, {self.path} has {', '.join(have) or 'none'}: build it with {index}={{}} or a retriever that "
-                "needs it"
-            )
+        cure = f"{index}={{}} or a retriever that needs it"
+        check_index(self.path, self.manifest["indexes"], index, retriever, cure)
 
     # ---- documents ----
 
