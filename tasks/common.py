@@ -9,7 +9,9 @@ Kinds: "categorical" (the answer is one of conversation["letters"]; compare the 
 """
 
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, Literal
 
 from nanochat.config import UserError
@@ -125,6 +127,24 @@ class TaskMixture(Task):
 
     def reward(self, conversation: dict[str, Any], completion: str) -> float:
         return self.tasks[conversation["task"]].reward(conversation, completion)
+
+
+class TaskSequence(Task):
+    """One task after the other: a curriculum, where the reader goes through it in order."""
+
+    name = "sequence"
+
+    def __init__(self, tasks: Sequence[Task], start: int = 0, stop: int | None = None, step: int = 1):
+        super().__init__(start, stop, step)
+        self.tasks = list(tasks)
+        self.starts = [0, *accumulate(len(t) for t in self.tasks)]  # of each task, and the end
+
+    def size(self) -> int:
+        return self.starts[-1]
+
+    def example(self, i: int) -> dict[str, Any]:
+        task = bisect_right(self.starts, i) - 1
+        return self.tasks[task][i - self.starts[task]]
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from nanochat.world_text import RELATIONS
 from tasks import world_questions
-from tasks.common import Task, TaskMixture, exchange, plain, render_mc, split_of
+from tasks.common import Task, TaskMixture, TaskSequence, exchange, plain, render_mc, split_of
 from tasks.gsm8k import extract_answer
 from tasks.mixtures import MIXTURES, TASKS, eval_task, make_task, mid_mixture, mixture, rl_task, sft_mixture
 from tasks.spellingbee import words_of
@@ -80,6 +80,11 @@ def test_a_mixture_holds_every_example_once_for_each_mention() -> None:
     assert said(mixed) == said(TaskMixture([a, b, a]))
     assert said(mixed) != said(a) + said(b) + said(a)
     assert len(TaskMixture([a, b], stop=4)) == 4
+
+
+def test_a_sequence_keeps_the_order() -> None:
+    a, b, empty = Counting("a", 3), Counting("b", 2), Counting("c", 0)
+    assert said(TaskSequence([a, empty, b])) == said(a) + said(b)
 
 
 def test_the_letter_of_a_choice_stands_behind_the_equals_sign() -> None:
