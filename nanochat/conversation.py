@@ -9,7 +9,8 @@ The system text joins the first user message; user and assistant then alternate.
     assistant, 0  {"type": "python_output", "text": str}, {"type": "info", "documents": [document, ...]}
 
 A document is a str or {"text": str, "title": str?, "id": any?}. It is rendered as <|doc|> and "[n] title", newline,
-text, where n counts the documents of the conversation from 1: that is the number a `cite` part names. "docs" and "info"
+text, " [n]", where n counts the documents of the conversation from 1: that is the number a `cite` part names. At the
+end it stands once more because only there has a model read what it is the number of (LOG 2026-11-22). "docs" and "info"
 may carry "text" in place of "documents" (a tool that found nothing). All text is encoded as ordinary text: a document
 that spells a special token does not become one.
 
@@ -43,7 +44,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of ids with one mask value. For a retrieved document `text` is what may be shortened, `body` its start."""
+    """A run of ids with one mask value. Of a document, `text` may be shortened from `body` on; `tail` stays."""
 
     ids: list[int]
     mask: int = 0
@@ -51,6 +52,7 @@ class Piece:
     text: str | None = None
     body: int = 0
     cited: bool = False
+    tail: str = ""
 
 
 # part type -> (opening token, closing token, mask)
@@ -232,10 +234,10 @@ def _turn_pieces(tok: TextEncoder, turn: Turn, number: int, cited: set[int]) -> 
 
 
 def _document(tok: TextEncoder, document: dict[str, str], number: int, turn: int, cited: bool) -> Piece:
-    head = f"[{number}] {document['title']}".rstrip() + "\n"
+    head, tail = f"[{number}] {document['title']}".rstrip() + "\n", f" [{number}]"
     text = head + document["text"]
-    ids = [tok.encode_special("<|doc|>"), *tok.encode_ordinary(text)]
-    return Piece(ids, 0, turn, text, len(head), cited)
+    ids = [tok.encode_special("<|doc|>"), *tok.encode_ordinary(text + tail)]
+    return Piece(ids, 0, turn, text, len(head), cited, tail)
 
 
 def _shorten_documents(tok: TextEncoder, pieces: list[Piece], budget: int) -> list[Piece]:
@@ -261,7 +263,7 @@ def _whole_sentences(tok: TextEncoder, piece: Piece, limit: int) -> list[int]:
     low, high = 0, len(ends)  # ends[:low] fits, ends[:high + 1] does not
     while low < high and limit > 1:
         middle = (low + high) // 2
-        ids = [piece.ids[0], *tok.encode_ordinary(text[: ends[middle]])]
+        ids = [piece.ids[0], *tok.encode_ordinary(text[: ends[middle]] + piece.tail)]
         if len(ids) <= limit:
             low, best = middle + 1, ids
         else:

@@ -46,7 +46,8 @@ CHAT_TEMPLATE = """
         {%- else -%}
           {%- for d in part.documents -%}
             {%- set title = '' if d is string else d.title or '' -%}
-            {{- '<|doc|>' ~ ('[' ~ ns.n ~ '] ' ~ title).rstrip() ~ '\\n' ~ (d if d is string else d.text) -}}
+            {{- '<|doc|>' ~ ('[' ~ ns.n ~ '] ' ~ title).rstrip() ~ '\\n' -}}
+            {{- (d if d is string else d.text) ~ ' [' ~ ns.n ~ ']' -}}
             {%- set ns.n = ns.n + 1 -%}
           {%- endfor -%}
         {%- endif -%}

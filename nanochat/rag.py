@@ -4,8 +4,9 @@
     print(reply.text, [(hit.rank, hit.document.title) for hit in reply.cited])
 
 The one place that says how a question with documents looks, for training as for answering: the user turn is the
-question, then the documents, numbered from 1; the answer is its citations, then its text, or the one token that
-abstains. The citation comes first because it is the pointer that the answer is then copied from.
+question, then the documents, numbered from 1; the answer is its text, then its citations, or the one token that
+abstains. A model that is to cite first can learn to read whatever document its number names and to guess the number:
+then nothing in its answers teaches it to choose a document (LOG 2026-11-22).
 
 Room is given to the question, then to documents by rank, then to earlier turns. A document is shortened to
 max_doc_length ids, whole sentences first.
@@ -77,7 +78,7 @@ def answer_parts(answer: str, citations: Iterable[int] = (), abstain: bool = Fal
     """
     if abstain:
         return [{"type": "abstain"}]
-    return [*({"type": "cite", "n": n} for n in citations), {"type": "text", "text": f" {answer.lstrip()}"}]
+    return [{"type": "text", "text": f" {answer.lstrip()}"}, *({"type": "cite", "n": n} for n in citations)]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
@@ -102,7 +103,8 @@ def shorten(tokenizer: Any, title: str, text: str, max_doc_length: int) -> dict[
     ids = render_documents(tokenizer, [document], number, max_doc_length)
     if ids:
         head = f"[{number}] {title}".rstrip() + "\n"
-        return {"title": title, "text": tokenizer.decode(ids[1:])[len(head) :].rstrip()}
+        text = tokenizer.decode(ids[1:])[len(head) :]
+        return {"title": title, "text": text.removesuffix(f" [{number}]").rstrip()}
     head_ids = len(render_documents(tokenizer, [{**document, "text": ""}], number))
     return {"title": title, "text": _words(tokenizer, document["text"], max_doc_length - head_ids)}
 

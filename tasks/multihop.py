@@ -95,7 +95,7 @@ class Library:
         documents = []
         for n, (start, end, hit) in enumerate(zip(starts, [*starts[1:], len(ids)], hits, strict=True), n_before + 1):
             head = f"[{n}] {hit.document.title}".rstrip() + "\n"
-            text = self.tokenizer.decode(ids[start + 1 : end])[len(head) :]
+            text = self.tokenizer.decode(ids[start + 1 : end])[len(head) :].removesuffix(f" [{n}]")
             documents.append({"title": hit.document.title, "text": text})
         return Found(documents, [hit.document.id for hit in hits])
 

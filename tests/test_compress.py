@@ -223,7 +223,7 @@ def test_retrieved_blocks_enter_compressed_as_a_whole_pass_reads_them(
     monkeypatch.setattr(engine, "Sampler", Scripted)
     tool = compressed_search(reader, lambda queries, k: [found for _ in queries], p=0.3, policy="bm25")
     rows, masks = Engine(reader.model, tokenizer, tools=[tool]).generate_batch(
-        [[tokenizer.bos_id, 80], [tokenizer.bos_id, 81, 82]], max_tokens=40, stop=[71], temperature=1.0
+        [[tokenizer.bos_id, 80], [tokenizer.bos_id, 81, 82]], max_tokens=60, stop=[71], temperature=1.0
     )
     whole = rows[0]
     slots = [i for i, token in enumerate(whole) if token == reader.chunk_id]

@@ -69,9 +69,9 @@ def test_every_part_has_its_tokens_and_mask():
         ("S\n\nWho?", 0),
         ("<|info_start|>", 0),
         ("<|doc|>", 0),
-        ("[1] Ada\nA. B.", 0),
+        ("[1] Ada\nA. B. [1]", 0),
         ("<|doc|>", 0),
-        ("[2]\nC.", 0),
+        ("[2]\nC. [2]", 0),
         ("<|info_end|>", 0),
         ("<|user_end|>", 0),
         ("<|assistant_start|>", 0),
@@ -87,7 +87,7 @@ def test_every_part_has_its_tokens_and_mask():
         ("<|search_end|>", 1),
         ("<|info_start|>", 0),
         ("<|doc|>", 0),
-        ("[3]\nBorn 1815.", 0),
+        ("[3]\nBorn 1815. [3]", 0),
         ("<|info_end|>", 0),
         ("<|info_start|>", 0),
         ("nothing found", 0),
@@ -103,7 +103,7 @@ def test_every_part_has_its_tokens_and_mask():
 def test_system_text_comes_before_documents_that_open_the_user_turn():
     conversation = chat(("system", "S"), ("user", [{"type": "docs", "documents": ["D"]}]))
     ids, _ = tok().render_conversation(conversation)
-    assert tok().decode(ids) == "<|bos|><|user_start|>S\n\n<|info_start|><|doc|>[1]\nD<|info_end|><|user_end|>"
+    assert tok().decode(ids) == "<|bos|><|user_start|>S\n\n<|info_start|><|doc|>[1]\nD [1]<|info_end|><|user_end|>"
 
 
 def test_no_text_of_a_conversation_becomes_a_special_token():
@@ -211,8 +211,8 @@ def test_every_budget_keeps_question_answer_and_system(completion):
         answer = "The last answer. It has two sentences<|cite_start|>1<|cite_end|><|assistant_end|>"
         assert text.endswith("<|assistant_start|>" + ("" if completion else answer))
         documents = text.split("<|info_start|>")[1].split("<|info_end|>")[0].split("<|doc|>")[1:]
-        first = ("[1]\nFirst one.", "[1]\nFirst one. Second one!", "[1]\nFirst one. Second one! Third.")
-        assert all(d in (*first, "[2]\nX y.", "[2]\nX y. Z w.") for d in documents)
+        first = [f"[1]\nFirst one.{more} [1]" for more in ("", " Second one!", " Second one! Third.")]
+        assert all(d in (*first, "[2]\nX y. [2]", "[2]\nX y. Z w. [2]") for d in documents)
         assert "[2]" not in text or "[1]" in text  # the last document goes first
     assert render(len(whole)) == whole
     assert max(lengths) == len(whole)
@@ -226,8 +226,8 @@ def test_documents_go_before_turns_and_cited_ones_last():
     )
     whole, _ = tok().render_conversation(conversation)
     text = tok().decode(tok().render_conversation(conversation, len(whole) - 1)[0])
-    assert "[1]\nAlpha is one.<|doc|>[2]\nBeta is one. Beta is two.<|info_end|>" in text
-    fewer = len(whole) - len(tok().encode("[1]\n" + documents[0]))
+    assert "[1]\nAlpha is one. [1]<|doc|>[2]\nBeta is one. Beta is two. [2]<|info_end|>" in text
+    fewer = len(whole) - len(tok().encode("[1]\n" + documents[0] + " [1]"))
     text = tok().decode(tok().render_conversation(conversation, fewer)[0])
     assert "Alpha" not in text
     assert "<|info_start|><|doc|>[2]\nBeta is one" in text
@@ -244,9 +244,9 @@ def test_document_without_a_whole_sentence_that_fits_is_dropped():
 def test_render_documents_numbers_and_fits():
     documents = [{"title": "T", "text": "One. Two."}, {"text": "Three. Four."}]
     ids = tok().render_documents(documents, first=4)
-    assert tok().decode(ids) == "<|doc|>[4] T\nOne. Two.<|doc|>[5]\nThree. Four."
+    assert tok().decode(ids) == "<|doc|>[4] T\nOne. Two. [4]<|doc|>[5]\nThree. Four. [5]"
     shorter = tok().render_documents(documents, first=4, max_tokens=len(ids) - 1)
-    assert tok().decode(shorter) == "<|doc|>[4] T\nOne. Two.<|doc|>[5]\nThree."
+    assert tok().decode(shorter) == "<|doc|>[4] T\nOne. Two. [4]<|doc|>[5]\nThree. [5]"
     assert tok().render_documents(documents, max_tokens=0) == []
 
 

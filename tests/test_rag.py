@@ -194,7 +194,7 @@ def test_an_answer_names_its_sources(kb: KnowledgeBase) -> None:
     assert len(reply.hits) == 3 and reply.cited == reply.hits[:1] and reply.cited[0].document.id == "3"
     assert reply.prompt_tokens == len(model.prompts[0]) and model.prompts[0][-1] == special("assistant_start")
     shown = TOKENIZER.decode(model.prompts[0])
-    assert "<|doc|>[1] River 3\nThe river 3 flows to town 21. It has 3 bridges.<|doc|>[2] River" in shown
+    assert "<|doc|>[1] River 3\nThe river 3 flows to town 21. It has 3 bridges. [1]<|doc|>[2] River" in shown
     reply = answer(Said([special("abstain")]), TOKENIZER, kb, "Where does River 3 flow?")
     assert reply.abstained and reply.text == "" and reply.cited == []
 

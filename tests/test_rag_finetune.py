@@ -102,7 +102,7 @@ def test_an_answer_is_in_what_it_cites_and_nowhere_without(kb: KnowledgeBase) ->
         documents, texts = shown(conversation), [text_of(d) for d in shown(conversation)]
         assert len(documents) <= 4
         if conversation["answerable"]:
-            *cites, answer = said(conversation)
+            answer, *cites = said(conversation)
             assert [c["n"] for c in cites] == conversation["gold"] != [] and answer["text"][1:] in conversation[
                 "answers"
             ]
@@ -207,7 +207,7 @@ def test_evidence_that_is_cut_off_is_none(tmp_path: Path, tokenizer: Tokenizer) 
 def test_what_is_no_text_of_a_document_may_be_an_answer(kb: KnowledgeBase) -> None:
     row = next(row for row in ROWS if row["kind"] == "1hop")
     task = RAG([{**row, "answers": ["yes"]}], kb, shares=Shares(1, 0, 0), variants=20)
-    assert all(said(c)[-1]["text"] == " yes" for c in task) and max(len(shown(c)) for c in task) == 5
+    assert all(said(c)[0]["text"] == " yes" for c in task) and max(len(shown(c)) for c in task) == 5
     with pytest.raises(UserError, match="its gold document 'nowhere' is not in the knowledge base"):
         list(RAG([{**row, "gold_ids": ["nowhere"], "hops": []}], kb))
 

@@ -5,6 +5,7 @@ first. A chunk never crosses documents. It is as many whole sentences as fit k t
 With every chunk expanded the ids are those of plain RAG, so its logits are, too.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from nanochat.conversation import SENTENCE_END
+
+NUMBER = re.compile(r" \[\d+\]\Z")  # of a document, at its end
 
 
 class Chunk(NamedTuple):
@@ -54,7 +57,7 @@ def cut(tokenizer: Any, ids: Sequence[int], k: int) -> list[Chunk]:
     chunks: list[Chunk] = []
     for number, start in enumerate(starts, 1):
         stop = next((i for i in range(start + 1, len(ids)) if ids[i] in (doc, info_end)), len(ids))
-        body, ends = _sentences(tokenizer, list(ids[start + 1 : stop]))
+        body, ends = _sentences(tokenizer, _without_number(tokenizer, list(ids[start + 1 : stop])))
         at = body
         for a, b in zip(ends, [*ends, None][1:], strict=True):  # a: end of a sentence, b: of the next one
             while a - at > k:
@@ -64,6 +67,13 @@ def cut(tokenizer: Any, ids: Sequence[int], k: int) -> list[Chunk]:
                 chunks.append(Chunk(start + 1 + at, start + 1 + a, number, start + 1, start + 1 + body))
                 at = a
     return chunks
+
+
+def _without_number(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Ids of a document without the number at its end."""
+    found = NUMBER.search(tokenizer.decode(ids, errors="replace"))
+    number = tokenizer.encode_ordinary(found[0]) if found else []
+    return ids[: -len(number)] if number and ids[-len(number) :] == number else ids
 
 
 def _sentences(tokenizer: Any, ids: list[int]) -> tuple[int, list[int]]:
