@@ -43,7 +43,6 @@ from tasks.world_controls import Shifted, relabel
 
 SEARCHED = 1024  # questions of one search
 UNANSWERABLE = 0.25  # of the unanswerable rows that could be further questions: those that may be
-CITED = 0.5  # of further answers: those that cite; the others leave more room for answers, which teach to choose
 DRAWS = 50  # of a random distractor, before there is one less
 SEGMENTS = re.compile(r"<\|(search|info|python|output)_start\|>.*?(<\|\1_end\|>|\Z)", re.DOTALL)
 CITATION = re.compile(r"<\|cite_start\|>.*?(<\|cite_end\|>|\Z)", re.DOTALL)
@@ -361,8 +360,7 @@ class RAG(Task):
             if other["answerable"] and not evidence:
                 continue
             gold = [documents.index(p) + 1 for p in evidence] if self._shown(evidence, other["answers"]) else []
-            cites = gold if dice.chance(CITED) else ()
-            content = answer_parts(self._said(other, evidence), cites, abstain=not gold)
+            content = answer_parts(self._said(other, evidence), gold, abstain=not gold)
             turn = [{"role": "user", "content": other["question"]}, {"role": "assistant", "content": content}]
             if room is not None:
                 room -= self._size(turn)
