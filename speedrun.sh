@@ -88,7 +88,7 @@ cpu_run() {
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
     read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=40}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
         "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
