@@ -37,7 +37,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts.base_train import BaseTrainConfig
 from scripts.bench_arch import BenchArchConfig, learn_all, length_part, train_once, train_part
 from scripts.bench_arch_report import best_accuracy, best_runs, by_arch, compact
-from scripts.bench_claims_report import draw, headline, page, read_results
+from scripts.bench_claims_report import Results, draw, headline, page, read_results
 from scripts.bench_context import (
     DEFAULT_VOCAB,
     GPU,
@@ -346,13 +346,20 @@ def run_part(cfg: BenchClaimsConfig, part: str, stacks: list[Stack]) -> Path:
     return path
 
 
+def write_page(docs: Path, results: Results) -> None:
+    """The page, and beside it a picture for each kind of device."""
+    pictures = [draw(results, where, docs.with_name(f"{docs.stem}_{where.lower()}.png")) for where in ("CPU", "GPU")]
+    drawn = [p.name for p in pictures if p is not None]
+    with atomic_write(docs, "w") as f:
+        f.write(page(results, drawn))
+    print(f"wrote {', '.join([str(docs), *drawn])}")
+
+
 def main(argv: list[str]) -> None:
     files = [a for a in argv if a.endswith(".py") and not a.startswith("-")]
     cfg = load_config(BenchClaimsConfig, [a for a in argv if a not in files])
     if cfg.write_docs:
-        with atomic_write(Path(cfg.docs), "w") as f:
-            f.write(page(read_results(cfg.folder())))
-        print(f"wrote {cfg.docs}")
+        write_page(Path(cfg.docs), read_results(cfg.folder()))
         return
     if {"train", "length"} & set(cfg.parts):  # an error now, not after other parts
         Tokenizer.load(), shard_paths("train"), shard_paths("val")

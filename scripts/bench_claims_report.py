@@ -4,6 +4,7 @@ python -m scripts.bench_claims --write-docs
 """
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,14 @@ Of documents the ratio is judged, not the numbers; whether a model finds its way
 """
 
 
-def page(results: Results) -> str:
-    """docs/benchmarks.md."""
-    parts = [INTRO, "## Verdicts\n", _summary(results)]
+def page(results: Results, pictures: Sequence[str] = ()) -> str:
+    """docs/benchmarks.md. pictures: files beside it."""
+    parts = [
+        INTRO,
+        *(f"![times better, over length]({name})\n" for name in pictures),
+        "## Verdicts\n",
+        _summary(results),
+    ]
     for claim in CLAIMS:
         parts += [f"\n## {claim.id}\n", _told(claim)]
         tables = [_table(claim, results[claim.part, w], w) for w in ("CPU", "GPU") if (claim.part, w) in results]

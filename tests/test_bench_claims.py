@@ -244,6 +244,7 @@ def test_a_later_run_adds_parts_and_the_page_is_written_from_both(
     text = (tmp_path / "page.md").read_text()
     assert "bits per byte" in section(text, "loss") and "On a GPU: not measured" in section(text, "loss")
     assert "ms a step of 8 rows" in section(text, "decoding")
+    assert "](page_cpu.png)" in text and (tmp_path / "page_cpu.png").read_bytes()[1:4] == b"PNG"
     logged = json.loads((base / "report" / "claims.json").read_text())
     assert any(name.startswith("loss, Mamba") for name in logged["metrics"]) and logged["plots"] == ["claims_cpu.png"]
 
