@@ -65,7 +65,7 @@ def test_a_bad_array_is_named() -> None:
     x, q, k = np.ones((2, 3), np.float32), np.ones((2, 2, 4), np.float32), np.ones((2, 1, 5, 4), np.float32)
     with pytest.raises(ValueError, match=r"x: .*\[2, 4\], got shape \[2, 3\]"):
         rustbpe.PackedLinear(np.ones((5, 4), np.float32))(x)
-    with pytest.raises(ValueError, match="weight: .*float32"):
+    with pytest.raises(ValueError, match=r"weight: .*float32"):
         rustbpe.PackedLinear(np.ones((5, 4)))  # pyrefly: ignore
     with pytest.raises(ValueError, match="lengths: 6, expected 1 to 5"):
         rustbpe.attend_one(q, k, k, np.array([1, 6]))
