@@ -14,7 +14,7 @@ from torch import Tensor
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
 from nanochat.config import UserError
 from nanochat.kernels import Kernels, choose
-from nanochat.layers import Embedding, Head, Linear, Rotary, init_normal, norm, set_compute_dtype
+from nanochat.layers import FEW_ROWS, Embedding, Head, Linear, Rotary, init_normal, norm, set_compute_dtype
 from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
 
 ROLES = ("matrix", "embedding", "unembedding", "scalar", "ssm")  # matrix goes to Muon, the others to AdamW
@@ -86,8 +86,17 @@ class GPT(nn.Module):
     def set_compute(self, dtype: torch.dtype, kernels: str = "auto") -> str:
         """Choose the multiplication dtype and the kernels for the device the weights are on. Returns the reason."""
         set_compute_dtype(self, dtype)
-        self.kernels = choose(kernels, self.device, [op for b in self.layers for op in b.KERNELS], dtype)
+        self.kernels = choose(kernels, self.device, [*(op for b in self.layers for op in b.KERNELS), "decode"], dtype)
         return self.kernels.reason
+
+    def pack(self) -> None:
+        """In eval mode, have weights laid out for decoding where the kernels chosen can: each a copy, made at the first
+        product of a few rows outside autograd, and kept until train(). Weights changed by other means are not seen."""
+        pack = None if self.training else self.kernels.pack
+        if self.head._pack is not pack:
+            for m in self.modules():
+                if isinstance(m, Linear):
+                    m.pack(pack)
 
     @property
     def layers(self) -> list[Block]:
@@ -102,7 +111,8 @@ class GPT(nn.Module):
         return self.head.compute_dtype
 
     def init_state(self, batch: int, max_len: int) -> ModelState:
-        """An empty state for `batch` sequences of up to max_len tokens."""
+        """An empty state for `batch` sequences of up to max_len tokens: to decode, for which the model is packed."""
+        self.pack()
         layers = [b.init_state(batch, max_len, self.device, self.residual_dtype) for b in self.layers]
         return ModelState(layers, torch.zeros(batch, dtype=torch.long), max_len)
 
@@ -156,7 +166,7 @@ class GPT(nn.Module):
             x = block(x, ctx, None if state is None else state.layers[i])
         if state is not None:
             state.pos = state.pos + (ids.size(1) if lengths is None else lengths.cpu())
-        return norm(x, self.compute_dtype)
+        return norm(x, ctx.dtype)
 
     @property
     def residual_dtype(self) -> torch.dtype:
@@ -183,7 +193,9 @@ class GPT(nn.Module):
             index = (pos[:, None] + torch.arange(T)).to(ids.device)
             cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, K/2)
         cpu_lengths = None if lengths is None else lengths.cpu()
-        return Context(ids, cos, sin, self.kernels, self.compute_dtype, doc, pos, cpu_lengths)
+        few = self.head._pack is not None and not torch.is_grad_enabled() and ids.numel() <= FEW_ROWS
+        dtype = torch.float32 if few else self.compute_dtype  # packed weights alone are then narrower
+        return Context(ids, cos, sin, self.kernels, dtype, doc, pos, cpu_lengths)
 
     def loss(self, x: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """x: (B, T, D), targets: (B, T) -> cross-entropy in nats."""

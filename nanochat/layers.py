@@ -1,11 +1,16 @@
 """Layers shared by blocks: a Linear with an explicit dtype, the norm, the MLP, rotary tables."""
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat.kernels import Multiply, Pack
 from nanochat.ops import relu_squared, rms_norm
+
+FEW_ROWS = 64  # above, multiplying takes longer than reading the weights, and torch reads them no slower
 
 
 class Linear(nn.Linear):
@@ -13,6 +18,8 @@ class Linear(nn.Linear):
 
     Without autocast: whoever reads a model sees where precision changes. In eval mode and outside autograd the cast
     weight is kept, so decoding does not cast again at every token; train() drops it, because the weights will change.
+    So it does with what `pack` asks for: products of up to FEW_ROWS rows outside autograd go through a copy of the
+    weight that is laid out for them, and are given in float32.
     """
 
     def __init__(self, d_in: int, d_out: int) -> None:
@@ -20,6 +27,8 @@ class Linear(nn.Linear):
         self.compute_dtype = torch.float32
         self._cast: Tensor | None = None
         self._together: Tensor | None = None  # with others, see linear_together
+        self._pack: Pack | None = None
+        self._packed: dict[int, Multiply] = {}  # by the number of Linears it is of, 1 or those of linear_together
 
     def reset_parameters(self) -> None:
         """Nothing: init_weights() of the owner sets every weight."""
@@ -42,16 +51,42 @@ class Linear(nn.Linear):
 
     def train(self, mode: bool = True) -> "Linear":
         self._cast = self._together = None
+        self.pack(None)
         return super().train(mode)
 
+    def pack(self, pack: Pack | None) -> None:
+        """From now on have `pack` lay the weight out, where few rows are multiplied; None drops what it has."""
+        if pack is not self._pack:
+            self._pack, self._packed = pack, {}
+
+    def packed(self, x: Tensor, *linears: "Linear") -> Multiply | None:
+        """What multiplies x (..., d_in) by the weights of these Linears, this one first; None = F.linear is to."""
+        if self._pack is None or torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features:
+            return None
+        multiply = self._packed.get(len(linears))
+        if multiply is None:
+            weight = torch.cat([m.master() for m in linears]) if len(linears) > 1 else self.master()
+            multiply = self._packed[len(linears)] = self._pack(weight.to(self.compute_dtype))
+        return multiply
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files are without what is kept: it is made again where it is needed."""
+        return {**self.__dict__, "_cast": None, "_together": None, "_pack": None, "_packed": {}}
+
     def forward(self, input: Tensor) -> Tensor:
-        """(..., d_in) -> (..., d_out) in compute_dtype."""
+        """(..., d_in) -> (..., d_out) in compute_dtype, or float32 of a few rows when packed."""
+        multiply = self.packed(input, self)
+        if multiply is not None:
+            return multiply(input)
         return F.linear(input.to(self.compute_dtype), self.cast_weight())
 
 
 def linear_together(x: Tensor, *linears: Linear) -> Tensor:
     """Several Linears of one input as one product: x (..., d_in) -> (..., sum of d_out), in their order."""
     first = linears[0]
+    multiply = first.packed(x, *linears)
+    if multiply is not None:
+        return multiply(x)
     if first.training or torch.is_grad_enabled():
         weight = torch.cat([m.weight for m in linears]).to(first.compute_dtype)
     else:
@@ -93,6 +128,7 @@ def set_compute_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     for m in module.modules():
         if isinstance(m, Linear):
             m.compute_dtype = dtype
+            m.pack(None)
 
 
 def norm(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What Python is too slow for: byte-level BPE, BM25, and the selective scan on a CPU.
+"""What Python is too slow for: byte-level BPE, BM25, and on a CPU the selective scan and the steps of decoding.
 
 Any number of threads gives the same result.
 """
@@ -170,3 +170,33 @@ def selective_state_update(
     simd: Simd | None = None,
 ) -> Floats:
     """One step of the scan: `state` (B, E, N) is changed in place; x, dt, z: (B, E), b, c: (B, N) -> y (B, E)."""
+
+@final
+class PackedLinear:
+    """A weight (N, K), laid out so that the few rows of a decoding step are multiplied as fast as it can be read.
+
+    Sums are float32. The bits of a row do not depend on the rows beside it, nor on the number of threads.
+    """
+
+    def __new__(cls, weight: Floats | npt.NDArray[np.uint16]) -> PackedLinear:
+        """weight: C-contiguous, copied; uint16 holds the bits of bfloat16 numbers. ValueError: another type or shape."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    def __call__(self, x: Floats, *, threads: int = 1, simd: Simd | None = None) -> Floats:
+        """x (M, K), C-contiguous -> x W^T, (M, N). ValueError as for the scan."""
+
+def attend_one(
+    q: Floats,
+    k: Floats,
+    v: Floats,
+    lengths: npt.NDArray[np.int64],
+    *,
+    threads: int = 1,
+    simd: Simd | None = None,
+) -> Floats:
+    """softmax(q k^T / sqrt(K)) v of one query a row: q (B, H, K), k, v: (B, G, capacity, K), C-contiguous -> (B, H, K).
+
+    lengths: (B,), how many places of each row, from the first, hold a key: 1 to capacity. A row's bits depend on no
+    other row. ValueError as for the scan.
+    """

@@ -113,7 +113,9 @@ def test_the_model_asks_for_its_blocks_operations_in_its_dtype(monkeypatch: pyte
     one = replace(k.CANDIDATES["cpu"]["attention"][0], why_not=lambda device, dtype: f"not in {dtype}")
     monkeypatch.setitem(k.CANDIDATES["cpu"], "attention", [one])
     model = GPT(GPTConfig(n_layer=2, d_model=32, vocab_size=8, block_pattern=["attn", "mamba2"]))
-    assert model.set_compute(torch.bfloat16) == "auto: attention torch (not in torch.bfloat16), conv torch, ssd torch"
+    monkeypatch.setattr(k.decode, "available", lambda device: "absent")
+    reason = "auto: attention torch (not in torch.bfloat16), conv torch, ssd torch, decode torch (absent)"
+    assert model.set_compute(torch.bfloat16) == reason
 
 
 DOC, LENGTHS = torch.zeros(2, 6, dtype=torch.int), torch.tensor([3, 6])

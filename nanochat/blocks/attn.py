@@ -61,22 +61,36 @@ class AttentionState(BlockState):
         last = pos[:, None] - 1
         return last - (last - torch.arange(n_slots, device=pos.device)) % self.capacity
 
-    def append(self, k: Tensor, v: Tensor, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store one token per row, k, v: (B, G, 1, K) -> keys and values (B, G, S, K) to attend to, and their mask."""
+    def append(self, k: Tensor, v: Tensor, ctx: Context) -> None:
+        """Store one token per row, k, v: (B, G, 1, K)."""
+        assert ctx.pos is not None
+        if ctx.uniform_pos is not None:
+            slot = (ctx.uniform_pos - self.shared) % self.capacity
+            self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
+        else:
+            rows, slots = torch.arange(k.size(0)), (ctx.pos - self.shared) % self.capacity
+            self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
+
+    def lengths(self, ctx: Context) -> Tensor:
+        """How many slots of each row hold a token after `append`: the first ones, (B,)."""
+        assert ctx.pos is not None
+        key = "lengths", self.capacity, self.shared
+        if key not in ctx.memo:
+            ctx.memo[key] = (ctx.pos - self.shared + 1).clamp_max(self.capacity)
+        return ctx.memo[key]
+
+    def kept(self, ctx: Context) -> tuple[Tensor, Tensor, Tensor | None]:
+        """After `append`: keys and values (B, G, S, K) to attend to, and their mask."""
         assert ctx.pos is not None
         pos = ctx.pos - self.shared
         used = min(int(pos.max()) + 1, self.capacity)
         if ctx.uniform_pos is not None:
-            slot = (ctx.uniform_pos - self.shared) % self.capacity
-            self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
             return self.k[:, :, :used], self.v[:, :, :used], None
-        rows, slots = torch.arange(k.size(0)), pos % self.capacity
-        self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
         key = "append", self.capacity, self.shared
         mask = ctx.memo.get(key)
         if mask is None:
             seen = self.slot_positions(pos + 1, used) >= 0
-            mask = ctx.memo[key] = seen[:, None, None].to(k.device)  # (B, 1, 1, S)
+            mask = ctx.memo[key] = seen[:, None, None].to(self.k.device)  # (B, 1, 1, S)
         return self.k[:, :, :used], self.v[:, :, :used], mask
 
     def extend(self, k: Tensor, v: Tensor, ctx: Context, window: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -162,7 +176,16 @@ class Attention(nn.Module):
             return ctx.kernels.self_attention(q, k, v, self.window, None, ctx.memo)
         dtype, q, k, v = q.dtype, *(t.to(state.k.dtype) for t in (q, k, v))
         if q.size(2) == 1 and ctx.lengths is None:
-            k, v, mask = state.append(k, v, ctx)
+            state.append(k, v, ctx)
+            attend = ctx.kernels.attend
+            if (
+                attend is not None
+                and state.prefix is None
+                and state.k.dtype == torch.float32
+                and not torch.is_grad_enabled()
+            ):
+                return attend(q, state.k, state.v, state.lengths(ctx)).to(dtype)
+            k, v, mask = state.kept(ctx)
             if state.prefix is not None:
                 return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)
         else:

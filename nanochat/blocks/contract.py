@@ -84,7 +84,7 @@ class Context:
     cos: Tensor  # rotary tables for these tokens, (1 or B, T, 1, K/2)
     sin: Tensor
     kernels: Kernels
-    dtype: torch.dtype = torch.float32  # matrices multiply in this
+    dtype: torch.dtype = torch.float32  # what matrices multiply is given in this
     doc: Tensor | None = None  # (B, T) document index in a packed row; None = one document per row
     pos: Tensor | None = None  # (B,) tokens each row's state holds already; None = no state
     lengths: Tensor | None = None  # (B,) new tokens per row when rows are right-padded; None = all T

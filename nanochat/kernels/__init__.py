@@ -10,6 +10,7 @@ last to torch's attention or `nanochat.ops`:
     attention  cpu     blocks          training, up to BLOCK_ATTENTION_MAX_T tokens
                cuda    flash_attn      bfloat16 and float16, heads of up to 256 channels, packed documents too
                        flex            packed documents; else torch's own flash, with a window a mask
+    decode     cpu     native          matrices and attention of few rows, outside autograd, after GPT.pack()
     scan       cpu     native          all but B or C of another shape than (B, N, T), and float64
                cuda    mamba_ssm       of these, no initial state, documents or lengths, nor a last state with gradients
                        triton          as native
@@ -31,12 +32,14 @@ from torch import Tensor
 
 from nanochat import ops
 from nanochat.config import UserError
-from nanochat.kernels import native, optional, triton_scan, triton_ssd
+from nanochat.kernels import decode, native, optional, triton_scan, triton_ssd
 
 CHOICES = ("auto", "fast", "reference")
 BLOCK_ATTENTION_MAX_T = 4096  # above, the stored probabilities of block_attention outgrow its gain
 HALF = (torch.bfloat16, torch.float16)
 
+Multiply = Callable[[Tensor], Tensor]  # x (..., K) -> x W^T (..., N) float32
+Pack = Callable[[Tensor], Multiply]  # of a weight W (N, K)
 WhyNot = Callable[[torch.device, torch.dtype], str | None]  # why it cannot run there, None = it can
 
 
@@ -49,6 +52,7 @@ class Implementation:
     run: Callable[..., Any]
     serves: Callable[..., bool]
     step: Callable[..., Tensor] | None = None  # one token of the same recurrence, where it has that
+    pack: Pack | None = None  # of decode: lays a weight out
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,16 @@ class Kernels:
         the same forward.
         """
         return self._run("attention", _torch_attention, q, k, v, window, doc, memo)
+
+    @property
+    def pack(self) -> Pack | None:
+        """What lays a weight out for the products of a few rows, or None."""
+        return next((one.pack for one in self.chosen.get("decode", ())), None)
+
+    @property
+    def attend(self) -> Callable[..., Tensor] | None:
+        """The attention of one query a row to a ring buffer, see decode.attend; None = torch's."""
+        return next((one.run for one in self.chosen.get("decode", ())), None)
 
     def causal_conv1d(self, *args: Any, **options: Any) -> Any:
         """`ops.causal_conv1d`."""
@@ -187,10 +201,25 @@ def _any_dtype(available: Callable[[torch.device], str | None]) -> WhyNot:
     return lambda device, dtype: available(device)
 
 
+def _decode_runs(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"native products are of float32 or bfloat16, not {str(dtype)[6:]}"
+    return decode.available(device)
+
+
 # device type -> operation -> implementations beside the reference, fastest first
 CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
     "cpu": {
         "attention": [Implementation("blocks", lambda device, dtype: None, _block_attention, _blocks_serve)],
+        "decode": [
+            Implementation(
+                "native",
+                _decode_runs,
+                decode.attend,
+                lambda q, k, v, lengths: k.dtype == torch.float32,
+                pack=decode.pack,
+            )
+        ],
         "scan": [
             Implementation(
                 "native",

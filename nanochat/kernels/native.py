@@ -35,7 +35,7 @@ def available(device: torch.device | None = None) -> str | None:
     return None
 
 
-def _module() -> ModuleType:
+def module() -> ModuleType:
     reason = available()
     if reason is not None:
         raise UserError(f"kernels: {reason}")
@@ -57,7 +57,7 @@ class _SelectiveScan(torch.autograd.Function):
         resets (B, T) uint8, lengths (B,) int64; from D on each may be None."""
         *arrays, h0, resets, lengths = (_array(x) for x in tensors)
         ctx.options = {"simd": simd, "threads": torch.get_num_threads()}
-        out, last, borders = _module().selective_scan_forward(
+        out, last, borders = module().selective_scan_forward(
             *arrays, softplus, initial_state=h0, resets=resets, lengths=lengths, keep=keep, **ctx.options
         )
         ctx.softplus = softplus
@@ -72,7 +72,7 @@ class _SelectiveScan(torch.autograd.Function):
         *arrays, h0, resets, lengths = (_array(x) for x in tensors)
         g_out = torch.zeros_like(tensors[0]) if g_out is None else g_out.contiguous()
         g_last = None if g_last is None else g_last.contiguous()
-        grads = _module().selective_scan_backward(
+        grads = module().selective_scan_backward(
             _array(g_out), _array(g_last), _array(borders), *arrays, ctx.softplus,
             initial_state=h0, resets=resets, lengths=lengths, **ctx.options,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def selective_state_update(
         raise UserError(f"native scan: the state is {state.dtype}: expected float32; use kernels=reference")
     kept = state.contiguous()
     arrays = [_array(_float32(t)) for t in (x, dt, A, B, C, D, z, dt_bias)]
-    y = _module().selective_state_update(
+    y = module().selective_state_update(
         _array(kept), *arrays, dt_softplus, threads=torch.get_num_threads(), simd=simd
     )  # fmt: skip
     if kept.data_ptr() != state.data_ptr():

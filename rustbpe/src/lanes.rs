@@ -165,7 +165,7 @@ fn exp2_tail<const FMA: bool>(r: f32) -> f32 {
 
 /// e^x of x between -87 and 87; beyond, e^-87 or e^87.
 #[inline(always)]
-fn exp<const FMA: bool>(x: f32) -> f32 {
+pub fn exp<const FMA: bool>(x: f32) -> f32 {
     let x = if x < -87.0 { -87.0 } else { x };
     let x = if x > 87.0 { 87.0 } else { x };
     exp2_product::<FMA>(x, std::f32::consts::LOG2_E)

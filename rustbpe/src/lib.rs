@@ -1,17 +1,23 @@
-//! Byte-level BPE for Python: `train` learns the merges, `Encoder` applies them. Beside it the selective scan on a CPU
-//! and BM25.
+//! Byte-level BPE for Python: `train` learns the merges, `Encoder` applies them. Beside it BM25, and what decoding on a
+//! CPU needs: the selective scan, products of few rows, the attention of one query.
 //!
 //! The modules below are plain Rust. This file is the Python skin: it converts, lets go of the interpreter while the
 //! core works, and turns an [`Error`] into a `ValueError`. Signatures and their meaning are in `rustbpe.pyi`.
 #![deny(unsafe_code)] // except where a line below allows it
 
+#[allow(unsafe_code)] // vector instructions, arrays that threads fill together
+pub mod attend;
 pub mod bm25;
 #[cfg(feature = "python")]
 mod bm25_skin;
 pub mod count;
+#[cfg(feature = "python")]
+mod decode_skin;
 pub mod encode;
 pub mod lanes;
-#[allow(unsafe_code)] // vector instructions, arrays that threads fill together
+#[allow(unsafe_code)] // as above
+pub mod linear;
+#[allow(unsafe_code)] // as above
 pub mod scan;
 #[cfg(feature = "python")]
 mod scan_skin;
@@ -54,6 +60,9 @@ mod python {
 
     #[pymodule_export]
     use crate::bm25_skin::{Bm25, bm25_build, terms};
+
+    #[pymodule_export]
+    use crate::decode_skin::{PackedLinear, attend_one};
 
     #[pymodule_export]
     use crate::scan_skin::{selective_scan_backward, selective_scan_forward, selective_state_update, simd_level};

@@ -40,6 +40,7 @@ macro_rules! dispatch {
         }
     }};
 }
+pub(crate) use dispatch;
 
 mod backward;
 mod forward;
@@ -287,7 +288,7 @@ fn decay<const FMA: bool, const SMALL: bool>(dt: f32, a: f32) -> f32 {
 }
 
 /// An array that threads fill together, each its own parts.
-struct Shared<'a> {
+pub(crate) struct Shared<'a> {
     data: *mut f32,
     len: usize,
     lifetime: PhantomData<&'a mut [f32]>,
@@ -297,14 +298,14 @@ struct Shared<'a> {
 unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
-    fn new(array: &'a mut [f32]) -> Shared<'a> {
+    pub(crate) fn new(array: &'a mut [f32]) -> Shared<'a> {
         Shared { data: array.as_mut_ptr(), len: array.len(), lifetime: PhantomData }
     }
 
     /// # Safety
     /// No other part that is alive, in any thread, overlaps this one.
     #[expect(clippy::mut_from_ref, reason = "the parts are disjoint")]
-    unsafe fn part(&self, start: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn part(&self, start: usize, len: usize) -> &mut [f32] {
         assert!(start + len <= self.len);
         // SAFETY: inside the array, which is borrowed mutably for 'a; the caller answers for the overlap.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(start), len) }
@@ -312,7 +313,7 @@ impl<'a> Shared<'a> {
 }
 
 /// Run tasks 0..tasks; each thread takes the next one when it is free.
-fn run(tasks: usize, threads: usize, work: impl Fn(&mut dyn FnMut() -> Option<usize>) + Sync) {
+pub(crate) fn run(tasks: usize, threads: usize, work: impl Fn(&mut dyn FnMut() -> Option<usize>) + Sync) {
     let next = AtomicUsize::new(0);
     let work = || work(&mut || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&task| task < tasks));
     std::thread::scope(|scope| {

@@ -7,8 +7,8 @@ use pyo3::prelude::*;
 use crate::lanes::Level;
 use crate::scan::{self, Scan, Step};
 
-type Any<'py> = Bound<'py, PyAny>;
-type Array<'py, T = f32> = PyReadonlyArrayDyn<'py, T>;
+pub(crate) type Any<'py> = Bound<'py, PyAny>;
+pub(crate) type Array<'py, T = f32> = PyReadonlyArrayDyn<'py, T>;
 
 /// `object` as an array of this type, C-contiguous, of this shape; a ValueError that names it if it is not.
 fn array<'py, T: Element>(name: &str, object: &Any<'py>, shape: &[usize]) -> PyResult<Bound<'py, PyArrayDyn<T>>> {
@@ -32,7 +32,7 @@ fn array<'py, T: Element>(name: &str, object: &Any<'py>, shape: &[usize]) -> PyR
     Ok(array.clone())
 }
 
-fn read<'py, T: Element>(name: &str, object: &Any<'py>, shape: &[usize]) -> PyResult<Array<'py, T>> {
+pub(crate) fn read<'py, T: Element>(name: &str, object: &Any<'py>, shape: &[usize]) -> PyResult<Array<'py, T>> {
     let array = array(name, object, shape)?;
     array.try_readonly().map_err(|_| PyValueError::new_err(format!("{name}: it is being written to")))
 }
@@ -50,7 +50,7 @@ fn slice<'a, T: Element>(array: &'a Option<Array<'_, T>>) -> Option<&'a [T]> {
 }
 
 /// The sizes of an array of D dimensions, none of them 0.
-fn sizes<const D: usize>(name: &str, object: &Any<'_>) -> PyResult<[usize; D]> {
+pub(crate) fn sizes<const D: usize>(name: &str, object: &Any<'_>) -> PyResult<[usize; D]> {
     let shape: Vec<usize> = object.getattr("shape").and_then(|shape| shape.extract()).unwrap_or_default();
     match <[usize; D]>::try_from(shape.as_slice()) {
         Ok(sizes) if !sizes.contains(&0) => Ok(sizes),
@@ -58,7 +58,7 @@ fn sizes<const D: usize>(name: &str, object: &Any<'_>) -> PyResult<[usize; D]> {
     }
 }
 
-fn level(simd: Option<&str>) -> PyResult<Level> {
+pub(crate) fn level(simd: Option<&str>) -> PyResult<Level> {
     Ok(simd.map_or_else(|| Ok(Level::best()), Level::parse)?)
 }
 
@@ -67,7 +67,11 @@ fn array1(py: Python<'_>, values: Vec<f32>) -> Option<Bound<'_, PyArray1<f32>>> 
     (!values.is_empty()).then(|| values.into_pyarray(py))
 }
 
-fn shaped<'py, const D: usize>(py: Python<'py>, values: Vec<f32>, shape: [usize; D]) -> PyResult<Option<Any<'py>>> {
+pub(crate) fn shaped<'py, const D: usize>(
+    py: Python<'py>,
+    values: Vec<f32>,
+    shape: [usize; D],
+) -> PyResult<Option<Any<'py>>> {
     array1(py, values).map(|array| Ok(array.reshape(shape.to_vec())?.into_any())).transpose()
 }
 

@@ -49,12 +49,23 @@ struct StepTo<'a> {
 /// The state of one channel, sixteen of its numbers at a time: h <- 2^(dt a) h + x B_t; C_t h is returned.
 #[inline(always)]
 fn step_channel<const FMA: bool>(h: &mut [f32], dt: f32, x: f32, (a, b, c): (&[f32], &[f32], &[f32])) -> f32 {
+    let whole = h.len() / LANES * LANES;
     let mut sum = Lanes::ZERO;
-    for (((h, a), b), c) in h.chunks_mut(LANES).zip(a.chunks(LANES)).zip(b.chunks(LANES)).zip(c.chunks(LANES)) {
-        let (old, a, b, c) = (Lanes::load(h), Lanes::load(a), Lanes::load(b), Lanes::load(c));
+    for i in (0..whole).step_by(LANES) {
+        let part = i..i + LANES;
+        let (h, a, b, c) = (&mut h[part.clone()], &a[part.clone()], &b[part.clone()], &c[part]);
+        for l in 0..LANES {
+            h[l] = fma::<FMA>(exp2::<FMA>(dt * a[l]), h[l], x * b[l]);
+            sum.0[l] = fma::<FMA>(c[l], h[l], sum.0[l]);
+        }
+    }
+    if whole < h.len() {
+        let (h, a, b, c) =
+            (&mut h[whole..], Lanes::load(&a[whole..]), Lanes::load(&b[whole..]), Lanes::load(&c[whole..]));
+        let (old, before) = (Lanes::load(h), sum);
         let new = Lanes::new(|l| fma::<FMA>(exp2::<FMA>(dt * a.0[l]), old.0[l], x * b.0[l]));
         new.store(h);
-        sum = Lanes::new(|l| fma::<FMA>(c.0[l], new.0[l], sum.0[l]));
+        sum = Lanes::new(|l| fma::<FMA>(c.0[l], new.0[l], before.0[l]));
     }
     sum.sum()
 }

@@ -1,0 +1,49 @@
+"""Decoding a few rows on a CPU, compiled: rustbpe/src/linear.rs and rustbpe/src/attend.rs.
+
+`pack` lays a weight out once for products of few rows, `attend` is the attention of one query a row. Both add up in
+float32, and what they give for a row does not depend on the rows beside it, to the last bit.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nanochat.kernels import native
+
+NEEDED = ("PackedLinear", "attend_one")
+
+
+def available(device: torch.device) -> str | None:
+    """Why it cannot run on this device, or None if it can."""
+    if native.available(device) is None and not all(hasattr(native.rustbpe, name) for name in NEEDED):
+        return "the installed rustbpe is an old build: bash scripts/setup.sh builds ours"
+    return native.available(device)
+
+
+def pack(weight: Tensor, simd: str | None = None) -> Callable[[Tensor], Tensor]:
+    """weight (N, K) float32 or bfloat16, which is copied -> x (..., K) -> x W^T (..., N) float32.
+
+    simd: "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
+    """
+    assert weight.dtype in (torch.float32, torch.bfloat16), weight.dtype
+    weight = weight.detach().contiguous()
+    bits = weight if weight.dtype == torch.float32 else weight.view(torch.int16)
+    numbers = bits.numpy()
+    packed = native.module().PackedLinear(numbers if numbers.dtype == np.float32 else numbers.view(np.uint16))
+    n, k = weight.shape
+
+    def multiply(x: Tensor) -> Tensor:
+        rows = x.detach().reshape(-1, k).to(torch.float32).contiguous()
+        y = packed(rows.numpy(), threads=torch.get_num_threads(), simd=simd)
+        return torch.from_numpy(y).view(*x.shape[:-1], n)
+
+    return multiply
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, simd: str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(K)) v. q: (B, H, 1, K), k, v: (B, G, capacity, K) float32 contiguous, lengths: (B,) int64,
+    how many of the places hold a key -> (B, H, 1, K) float32."""
+    arrays = (t.detach().numpy() for t in (q[:, :, 0].to(torch.float32).contiguous(), k, v, lengths))
+    return torch.from_numpy(native.module().attend_one(*arrays, threads=torch.get_num_threads(), simd=simd))[:, :, None]

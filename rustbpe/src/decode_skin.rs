@@ -1,0 +1,88 @@
+//! The Python skin of [`crate::linear`] and [`crate::attend`].
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+
+use crate::attend::{self, Attend};
+use crate::linear::Packed;
+use crate::scan_skin::{Any, level, read, shaped, sizes};
+
+/// A weight (N, K), packed.
+#[pyclass(frozen, module = "rustbpe")]
+pub struct PackedLinear(Packed);
+
+#[pymethods]
+impl PackedLinear {
+    #[new]
+    fn new(py: Python<'_>, weight: &Any<'_>) -> PyResult<PackedLinear> {
+        let shape @ [_, inputs] = sizes("weight", weight)?;
+        let half: bool = weight.getattr("dtype")?.getattr("itemsize")?.extract::<usize>()? == 2;
+        Ok(PackedLinear(if half {
+            let weight = read::<u16>("weight", weight, &shape)?;
+            let weight = weight.as_slice().expect("checked");
+            py.detach(|| Packed::half(weight, inputs))
+        } else {
+            let weight = read::<f32>("weight", weight, &shape)?;
+            let weight = weight.as_slice().expect("checked");
+            py.detach(|| Packed::float(weight, inputs))
+        }))
+    }
+
+    #[getter]
+    fn shape(&self) -> (usize, usize) {
+        (self.0.outputs, self.0.inputs)
+    }
+
+    #[pyo3(signature = (x, *, threads = 1, simd = None))]
+    fn __call__<'py>(
+        &self,
+        py: Python<'py>,
+        x: &Any<'py>,
+        threads: usize,
+        simd: Option<&str>,
+    ) -> PyResult<Option<Any<'py>>> {
+        let level = level(simd)?;
+        let [rows, _] = sizes("x", x)?;
+        let x = read::<f32>("x", x, &[rows, self.0.inputs])?;
+        let x = x.as_slice().expect("checked");
+        let y = py.detach(|| self.0.multiply(x, threads, level));
+        shaped(py, y, [rows, self.0.outputs])
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (q, k, v, lengths, *, threads = 1, simd = None))]
+pub fn attend_one<'py>(
+    py: Python<'py>,
+    q: &Any<'py>,
+    k: &Any<'py>,
+    v: &Any<'py>,
+    lengths: &Any<'py>,
+    threads: usize,
+    simd: Option<&str>,
+) -> PyResult<Option<Any<'py>>> {
+    let level = level(simd)?;
+    let [rows, heads, size] = sizes("q", q)?;
+    let [_, groups, capacity, _] = sizes("k", k)?;
+    let kept = [rows, groups, capacity, size];
+    let (q, k, v) = (read("q", q, &[rows, heads, size])?, read("k", k, &kept)?, read("v", v, &kept)?);
+    let lengths = read::<i64>("lengths", lengths, &[rows])?;
+    let a = Attend {
+        heads,
+        groups,
+        capacity,
+        size,
+        q: q.as_slice().expect("checked"),
+        k: k.as_slice().expect("checked"),
+        v: v.as_slice().expect("checked"),
+        lengths: lengths.as_slice().expect("checked"),
+    };
+    if heads % groups != 0 {
+        return Err(PyValueError::new_err(format!("q has {heads} heads, k {groups}: expected a multiple")));
+    }
+    if let Some(wrong) = a.lengths.iter().find(|&&n| n < 1 || n as usize > capacity) {
+        return Err(PyValueError::new_err(format!("lengths: {wrong}, expected 1 to {capacity}")));
+    }
+    let y = py.detach(|| attend::attend(&a, threads, level));
+    shaped(py, y, [rows, heads, size])
+}
