@@ -392,6 +392,16 @@ def test_a_flipped_bit_is_found_by_verify(tmp_path: Path) -> None:
     kb.verify()
 
 
+def test_no_flipped_bit_of_what_describes_the_columns_is_a_traceback(tmp_path: Path) -> None:
+    kb = build(tmp_path, retriever=RETRIEVER)
+    [file] = [path for path in named_files(kb) if path.name == "documents.arrow"]
+    whole = file.read_bytes()
+    for place in range(8, 700):
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << (place % 8)]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="is damaged"):
+            KnowledgeBase.open(kb.path).verify()
+
+
 def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     file = build(tmp_path).path / "manifest.json"
     text = file.read_text()

@@ -114,12 +114,14 @@ class Segment:
         self.folder = folder
         try:
             self.batches = _map(folder / "documents.arrow")
+            self.columns = [[Cells(column) for column in batch.columns] for batch in self.batches]
             document, start, end = [c.to_numpy() for c in _map(folder / "chunks.arrow")[0].columns]
             self.hashes = np.load(folder / "ids.npy", mmap_mode="r")  # (n_documents,) uint64, sorted
             self.hash_rows = np.load(folder / "rows.npy", mmap_mode="r")  # (n_documents,) int32
-        except (pa.ArrowInvalid, ValueError) as e:
+        except (pa.ArrowInvalid, ValueError, TypeError, OSError) as e:
+            if isinstance(e, OSError) and e.errno is not None:  # of the file system; those of Arrow's reading have none
+                raise
             raise UserError(f"{folder} is damaged ({e}): restore it or build the base again") from e
-        self.columns = [[Cells(column) for column in batch.columns] for batch in self.batches]
         self.document_of, self.starts, self.ends = document, start, end  # (n_chunks,) int32
         self.first_rows = [0, *itertools.accumulate(batch.num_rows for batch in self.batches)]
         self.n_documents, self.n_chunks = self.first_rows[-1], len(document)
@@ -206,7 +208,8 @@ class Cells:
     """The strings of a mapped column, one at a time: through pyarrow's scalars a search spent most of its time here."""
 
     def __init__(self, column: pa.Array) -> None:
-        assert column.offset == 0 and column.null_count == 0, "as write_documents writes them"
+        if column.offset or column.null_count:
+            raise ValueError("a column has nulls or an offset, as none is written")
         _, offsets, data = column.buffers()
         self.offsets = memoryview(offsets).cast("q")  # (n + 1,), of a large_string
         self.data = memoryview(data or b"")

@@ -71,7 +71,7 @@ def limited(lab: Lab, tally: Tally, rounds: int) -> None:
     """No file may grow beyond so many bytes: EFBIG in the middle of a write."""
     for name, grows in GROWS.items():
         for _ in range(rounds):
-            most = int(lab.rng.uniform(0.02, 0.7) * grows)
+            most = max(4096, int(lab.rng.uniform(0.02, 0.7) * grows))  # what is said goes to a file, too
 
             def prelude(most: int = most) -> None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
