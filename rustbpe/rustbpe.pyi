@@ -179,7 +179,7 @@ class PackedLinear:
     """
 
     def __new__(cls, weight: Floats | npt.NDArray[np.uint16]) -> PackedLinear:
-        """weight: C-contiguous, copied; uint16 holds the bits of bfloat16 numbers. ValueError: another type or shape."""
+        """weight: C-contiguous, copied; uint16 holds bits of bfloat16. ValueError: another type or shape."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
