@@ -253,6 +253,7 @@ def headline(results: Results) -> dict[str, str]:
 def draw(results: Results, where: str, path: Path) -> Path | None:
     """Ratios over the length with their intervals, a panel for each claim that is a curve; None where none is."""
     from matplotlib.figure import Figure  # takes a second to import: only for those who draw
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     found = {c: judged(c, results[c.part, where]) for c in CLAIMS if c.axis and (c.part, where) in results}
     found = {c: f for c, f in found.items() if any(len(points) > 1 for _, points, _ in f.values())}
@@ -273,6 +274,14 @@ def draw(results: Results, where: str, path: Path) -> Path | None:
         ax.axhline(1, color=GREY, linewidth=1)
         ax.axhline(claim.stated, color=GREY, linewidth=1, linestyle=":")
         ax.set(xscale="log", yscale="log", xlabel=claim.axis, title=f"{claim.id}: times better (dotted: as stated)")
+        shown = [p for _, points, _ in stacks.values() for p in points]
+        ax.set_xticks(sorted({p.at for p in shown}), [f"{at:,.0f}" for at in sorted({p.at for p in shown})])
+        ratios = [1, claim.stated, *(p.ratio.value for p in shown)]
+        ax.set_ylim(min(ratios) / 2, max(ratios) * 2)  # an interval of two repeats would hide everything else
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}" if max(ratios) < 8 * min(ratios) else NullFormatter())
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.tick_params(axis="both", which="both", labelsize=7)
         ax.title.set_fontsize(9)
         ax.legend(fontsize=6, frameon=False)
     with atomic_write(path) as f:
