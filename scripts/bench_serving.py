@@ -7,6 +7,7 @@ The server is scripts.chat_web as a process of its own, on loopback; this proces
 Parts:
   sweep        clients that ask again as soon as they are answered, and with --rates requests that come at random
   peer         the same requests in static batches of transformers' generate(), between the repeats of the sweep
+  engine       and of our engine in this process, without server and HTTP: what the peer's figures are to be set beside
   clients      many clients for a while: each answer is compared with the greedy one of the offline engine
   disconnects  clients that leave in the middle of a stream: no row may stay
 Answers are `even`, all max_tokens long, or `spread`: lengths of an exponential distribution of that mean, as in chats.
@@ -42,10 +43,11 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.serving.reply import reply_text
 from nanochat.tokenizer import Tokenizer
 from scripts.bench_serving_load import Bodies, Level, clients_check, closed_loop, disconnects_check, figures, poisson
-from scripts.bench_serving_peer import Peer
+from scripts.bench_serving_peer import Offline, Peer
+from scripts.bench_serving_peer import closed_loop as static_loop
 from scripts.bench_serving_report import check_lines, plot, ratios, table
 
-PARTS = ("sweep", "peer", "clients", "disconnects")
+PARTS = ("sweep", "peer", "engine", "clients", "disconnects")
 MARGIN = 1e-3  # between the best two logits; rounding of batched float32 products stays below 1e-4
 CPU = torch.device("cpu")
 
@@ -56,7 +58,7 @@ class BenchServingConfig:
 
     SHORT: ClassVar = {"i": "source", "g": "model_tag", "s": "step", "d": "dtype"}
 
-    parts: Annotated[list[str], "of sweep, peer, clients, disconnects"] = dataclasses.field(
+    parts: Annotated[list[str], "of sweep, peer, engine, clients, disconnects"] = dataclasses.field(
         default_factory=lambda: list(PARTS)
     )
     source: Annotated[Literal["base", "mid", "sft", "rl", "rag", "refrag"], "-i: stage"] = "sft"
@@ -94,8 +96,8 @@ class BenchServingConfig:
         counts = (self.seconds, self.repeats, self.prompt_tokens, self.max_tokens, self.clients, self.client_seconds)
         if min(*counts, *(clients or rate or 0 for clients, rate in self.loads)) <= 0:
             raise ValueError("seconds, repeats, prompt_tokens, max_tokens, clients and rates must be above 0")
-        if "peer" in self.parts and "sweep" not in self.parts:
-            raise ValueError("peer goes with sweep: its figures are taken between those of the sweep")
+        if {"peer", "engine"} & set(self.parts) and "sweep" not in self.parts:
+            raise ValueError("peer and engine go with sweep: their figures are taken between those of the sweep")
 
     @property
     def loads(self) -> list[tuple[int | None, float | None]]:
@@ -234,6 +236,9 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
     peer = Peer(config, model.model.n_params()["total"], dtype) if "peer" in cfg.parts else None
     if peer is not None:
         print(f"transformers: a Llama of {peer.n_params / 1e6:.1f}M parameters, {str(dtype)[6:]}", flush=True)
+    static = {"transformers": peer.batch} if peer is not None else {}
+    if "engine" in cfg.parts:
+        static["engine"] = Offline(model.model, model.tokenizer, dtype).batch
     rows = []
     most = max(32, *(clients or 0 for clients, _ in cfg.loads))
     with Server(model, n_threads(cfg), f"--dtype={cfg.dtype}", f"--max_rows={most}", "--max_queue=256") as server:
@@ -244,12 +249,12 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
                 seconds = cfg.seconds if repeat >= 0 else min(1.0, cfg.seconds)
                 for clients, rate in cfg.loads:
                     asked = bodies(cfg, lengths, ordinary, config.seq_len, 1000 * (repeat + 1) + (clients or 999))
-                    for name in ("ours", *(["transformers"] if peer is not None and clients is not None else [])):
+                    for name in ("ours", *(static if clients is not None else ())):
                         if name == "ours":
                             level = asyncio.run(_offer(server.port, asked, clients, rate, seconds, repeat))
                         else:
-                            assert peer is not None and clients is not None
-                            level = peer.closed_loop(asked, clients, seconds)
+                            assert clients is not None
+                            level = static_loop(static[name], asked, clients, seconds)
                         if repeat >= 0:
                             found.setdefault((name, clients, rate), []).append(level)
             rows += [

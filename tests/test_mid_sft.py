@@ -377,7 +377,7 @@ def torchrun(script: str, arguments: list[str]) -> str:
 def test_two_ranks_train_save_and_resume_bit_identically(pretrained: Path) -> None:
     options = [*CHAT, chats(pretrained), "--num_iterations=6", "--eval_every=3", "--save_every=4", "--resume"]
     whole = torchrun("scripts.mid_train", options)
-    assert "base t was trained by 1 processes, this run has 2" in whole
+    assert "warm start: the optimizer goes on with the moments of base t" in whole  # which one process has trained
     shutil.copytree(pretrained / "mid_checkpoints/t", pretrained / "whole")
     shutil.rmtree(pretrained / "mid_checkpoints/t/step_000006")
     assert "resuming t at step 4" in torchrun("scripts.mid_train", options)

@@ -47,15 +47,20 @@ def test_clients_that_leave_mid_stream_leave_no_row(model: Served, server: Serve
 def test_a_sweep_measures_every_level_of_both_servers(base: Path, capsys: pytest.CaptureFixture):
     flags = [f"--{key}={value}" for key, value in TINY.items()]
     options = ["--clients_at_once=1,3", "--rates=8", "--lengths=spread", "--seconds=0.5", "--repeats=1"]
-    bench_serving.main([*flags, *options, "--parts=sweep,peer", "--dtype=float32"])
+    bench_serving.main([*flags, *options, "--parts=sweep,peer,engine", "--dtype=float32"])
     found = json.loads((base / "bench" / "serving.json").read_text())
     assert (base / "bench" / "serving.png").stat().st_size > 5000
     levels = [(r["server"], r["clients"], r["rate"]) for r in found["rows"]]
-    both = [("ours", 1, None), ("transformers", 1, None), ("ours", 3, None), ("transformers", 3, None)]
-    assert sorted(levels, key=str) == sorted([*both, ("ours", None, 8.0)], key=str)
+    closed = [(name, clients, None) for name in ("ours", "transformers", "engine") for clients in (1, 3)]
+    assert sorted(levels, key=str) == sorted([*closed, ("ours", None, 8.0)], key=str)
     assert all(r["lost"] == r["refused"] == 0 and r["answered"] > 0 for r in found["rows"])
     out = capsys.readouterr().out
-    assert "3 clients get" in out and "times transformers' batched generate at 3" in out and "8 a second" in out
+    assert (
+        "3 clients get" in out
+        and "times transformers' batched generate at 3" in out
+        and "times that without server" in out
+        and "8 a second" in out
+    )
 
 
 def test_wrong_answers_are_seen(model: Served, server: Server, monkeypatch: pytest.MonkeyPatch):
