@@ -233,8 +233,19 @@ def _turn_pieces(tok: TextEncoder, turn: Turn, number: int, cited: set[int]) -> 
     return pieces
 
 
+def frame(number: int, title: str) -> tuple[str, str]:
+    """What stands before the text of a document, and what behind it."""
+    return f"[{number}] {title}".rstrip() + "\n", f" [{number}]"
+
+
+def shown_text(rendered: str, number: int, title: str) -> str:
+    """The text of a document, of what was rendered of it behind <|doc|>."""
+    head, tail = frame(number, title)
+    return rendered[len(head) :].removesuffix(tail)
+
+
 def _document(tok: TextEncoder, document: dict[str, str], number: int, turn: int, cited: bool) -> Piece:
-    head, tail = f"[{number}] {document['title']}".rstrip() + "\n", f" [{number}]"
+    head, tail = frame(number, document["title"])
     text = head + document["text"]
     ids = [tok.encode_special("<|doc|>"), *tok.encode_ordinary(text + tail)]
     return Piece(ids, 0, turn, text, len(head), cited, tail)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from nanochat.config import UserError
-from nanochat.conversation import WRAPPED, render_documents
+from nanochat.conversation import WRAPPED, render_documents, shown_text
 from nanochat.engine import Engine
 from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.document import Hit
@@ -102,9 +102,7 @@ def shorten(tokenizer: Any, title: str, text: str, max_doc_length: int) -> dict[
     number = 99  # the longest there is in practice
     ids = render_documents(tokenizer, [document], number, max_doc_length)
     if ids:
-        head = f"[{number}] {title}".rstrip() + "\n"
-        text = tokenizer.decode(ids[1:])[len(head) :]
-        return {"title": title, "text": text.removesuffix(f" [{number}]").rstrip()}
+        return {"title": title, "text": shown_text(tokenizer.decode(ids[1:]), number, title).rstrip()}
     head_ids = len(render_documents(tokenizer, [{**document, "text": ""}], number))
     return {"title": title, "text": _words(tokenizer, document["text"], max_doc_length - head_ids)}
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanochat.config import UserError
+from nanochat.conversation import shown_text
 from nanochat.multihop_rl import n_hops
 from nanochat.rag import answer_parts, question_conversation
 from nanochat.retrieval.metrics import cover_match
@@ -94,8 +95,7 @@ class Library:
         starts = [i for i, token in enumerate(ids) if token == self.doc]
         documents = []
         for n, (start, end, hit) in enumerate(zip(starts, [*starts[1:], len(ids)], hits, strict=True), n_before + 1):
-            head = f"[{n}] {hit.document.title}".rstrip() + "\n"
-            text = self.tokenizer.decode(ids[start + 1 : end])[len(head) :].removesuffix(f" [{n}]")
+            text = shown_text(self.tokenizer.decode(ids[start + 1 : end]), n, hit.document.title)
             documents.append({"title": hit.document.title, "text": text})
         return Found(documents, [hit.document.id for hit in hits])
 

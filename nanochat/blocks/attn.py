@@ -177,14 +177,9 @@ class Attention(nn.Module):
         dtype, q, k, v = q.dtype, *(t.to(state.k.dtype) for t in (q, k, v))
         if q.size(2) == 1 and ctx.lengths is None:
             state.append(k, v, ctx)
-            attend = ctx.kernels.attend
-            if (
-                attend is not None
-                and state.prefix is None
-                and state.k.dtype == torch.float32
-                and not torch.is_grad_enabled()
-            ):
-                return attend(q, state.k, state.v, state.lengths(ctx)).to(dtype)
+            y = ctx.kernels.attend(q, state.k, state.v, state.lengths(ctx)) if state.prefix is None else None
+            if y is not None:
+                return y.to(dtype)
             k, v, mask = state.kept(ctx)
             if state.prefix is not None:
                 return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)

@@ -79,10 +79,9 @@ class Kernels:
         """What lays a weight out for the products of a few rows, or None."""
         return next((one.pack for one in self.chosen.get("decode", ())), None)
 
-    @property
-    def attend(self) -> Callable[..., Tensor] | None:
-        """The attention of one query a row to a ring buffer, see decode.attend; None = torch's."""
-        return next((one.run for one in self.chosen.get("decode", ())), None)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor | None:
+        """The attention of one query a row to a ring buffer, see decode.attend; None = the caller is to compute it."""
+        return self._run("decode", lambda *_: None, q, k, v, lengths)
 
     def causal_conv1d(self, *args: Any, **options: Any) -> Any:
         """`ops.causal_conv1d`."""
@@ -216,7 +215,7 @@ CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
                 "native",
                 _decode_runs,
                 decode.attend,
-                lambda q, k, v, lengths: k.dtype == torch.float32,
+                lambda q, k, v, lengths: k.dtype == torch.float32 and not torch.is_grad_enabled(),
                 pack=decode.pack,
             )
         ],
