@@ -233,6 +233,13 @@ def _turn_pieces(tok: TextEncoder, turn: Turn, number: int, cited: set[int]) -> 
     return pieces
 
 
+def plain_text(content: Any) -> str:
+    """The texts of a message's content, one that is said again once: a question is repeated behind its documents."""
+    if isinstance(content, str):
+        return content
+    return "".join(dict.fromkeys(part["text"] for part in content if part["type"] == "text"))
+
+
 def frame(number: int, title: str) -> tuple[str, str]:
     """What stands before the text of a document, and what behind it."""
     return f"[{number}] {title}".rstrip() + "\n", f" [{number}]"

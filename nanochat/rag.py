@@ -4,9 +4,11 @@
     print(reply.text, [(hit.rank, hit.document.title) for hit in reply.cited])
 
 The one place that says how a question with documents looks, for training as for answering: the user turn is the
-question, then the documents, numbered from 1; the answer is its text, then its citations, or the one token that
-abstains. A model that is to cite first can learn to read whatever document its number names and to guess the number:
-then nothing in its answers teaches it to choose a document (LOG 2026-11-22).
+question, the documents, numbered from 1, and the question again; the answer is its text, then its citations, or the one
+token that abstains. A question before the documents tells a recurrent layer what to keep of them (JRT, arXiv
+2407.05483); one behind them is read as further questions about them are, and learnt from those too. A model that is to
+cite first can learn to read whatever document its number names and to guess the number: then nothing in its answers
+teaches it to choose a document (LOG 2026-11-22).
 
 Room is given to the question, then to documents by rank, then to earlier turns. A document is shortened to
 max_doc_length ids, whole sentences first.
@@ -20,7 +22,7 @@ from typing import Any
 import torch
 
 from nanochat.config import UserError
-from nanochat.conversation import WRAPPED, render_documents, shown_text
+from nanochat.conversation import WRAPPED, plain_text, render_documents, shown_text
 from nanochat.engine import Engine
 from nanochat.retrieval import KnowledgeBase
 from nanochat.retrieval.document import Hit
@@ -63,10 +65,14 @@ def question_conversation(
 ) -> dict[str, Any]:
     """The question as the last message. Of `history`, earlier messages, the plain texts are kept: old documents would
     take the room of new ones, and their numbers."""
-    content: Any = question
-    if documents:
-        content = [{"type": "text", "text": question}, {"type": "docs", "documents": list(documents)}]
+    asked = [{"type": "text", "text": question}]
+    content = around(asked, documents) if documents else question
     return {"messages": [*map(_plain, history), {"role": "user", "content": content}]}
+
+
+def around(asked: list[dict[str, Any]], documents: Sequence[dict[str, str]]) -> list[dict[str, Any]]:
+    """The parts of a user turn that asks `asked` about documents."""
+    return [*asked, {"type": "docs", "documents": list(documents)}, *asked]
 
 
 def answer_parts(answer: str, citations: Iterable[int] = (), abstain: bool = False) -> list[dict[str, Any]]:
@@ -82,10 +88,7 @@ def answer_parts(answer: str, citations: Iterable[int] = (), abstain: bool = Fal
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    if not isinstance(content, str):
-        content = "".join(part["text"] for part in content if part["type"] == "text")
-    return {**message, "content": content}
+    return {**message, "content": plain_text(message["content"])}
 
 
 # ---- what fits ----
@@ -132,14 +135,15 @@ def fit(
     return list(hits[: n_fitting(tokenizer, question, shortened(tokenizer, hits, max_doc_length), budget)])
 
 
-def n_fitting(tokenizer: Any, question: str, documents: Sequence[dict[str, str]], budget: int) -> int:
-    """How many of the documents, counted from the first, fit a prompt of `budget` ids with the question."""
-    used = len(tokenizer.render_for_completion(question_conversation(question, [])))
+def n_fitting(tokenizer: Any, question: str, documents: Sequence[dict[str, str]], budget: int, system: str = "") -> int:
+    """How many of the documents, counted from the first, fit a prompt of `budget` ids with question and system text."""
+    told = f"{system}\n\n{question}" if system else question
+    used = len(tokenizer.render_for_completion(question_conversation(told, [])))
     if used > budget:
         raise UserError(
             f"the question needs {used} ids and there is room for {budget}: shorten it, or lower max_new_tokens"
         )
-    used += 2  # the ids around the documents
+    used += 2 + len(tokenizer.encode_ordinary(question))  # the ids around the documents, and it is asked again
     for n, document in enumerate(documents):
         used += len(render_documents(tokenizer, [document], n + 1))
         if used > budget:

@@ -20,6 +20,7 @@ import torch
 
 from nanochat.common import read_json, run_script
 from nanochat.config import UserError, load_config
+from nanochat.conversation import plain_text
 from nanochat.device import all_reduce_sum
 from nanochat.engine import Engine
 from nanochat.finetune import FinetuneConfig, Start, finish, make_loop, open_batches, start_from, val_rows, validate
@@ -29,7 +30,7 @@ from nanochat.retrieval import KnowledgeBase
 from nanochat.train import Loop, compile_model, memory_advice
 from tasks.common import Task
 from tasks.mixtures import DEFAULT, MIXTURES, with_chat
-from tasks.rag import RAG, Row, Shares, dataset_folder, is_right, load_rows
+from tasks.rag import RAG, Row, Shares, dataset_folder, exchangeable, is_right, load_rows
 
 SECTION = "rag_finetuning"
 ANSWER_TOKENS = 32  # of an answer in validation
@@ -93,7 +94,7 @@ def load_data(cfg: RagFinetuneConfig, start: Start, kb: KnowledgeBase, rows: dic
             max_doc_length=cfg.max_doc_length, max_tokens=start.T + 1, **more,
         )  # fmt: skip
 
-    invented = read_json(dataset_folder(cfg.knowledge_base) / "dataset.json")["invented_words"] if cfg.rename else ()
+    invented = exchangeable(dataset_folder(cfg.knowledge_base)) if cfg.rename else ()
     train = task(
         "train", rows["train"], cfg.shares, variants=cfg.variants, follow_ups=cfg.follow_ups, invented=invented
     )
@@ -170,8 +171,7 @@ def validate_reading(start: Start, loop: Loop, data: Data) -> None:
 
 
 def _question(conversation: dict[str, Any]) -> str:
-    content = conversation["messages"][-2]["content"]
-    return content if isinstance(content, str) else content[0]["text"]
+    return plain_text(conversation["messages"][-2]["content"])
 
 
 def report(start: Start, loop: Loop, data: Data) -> None:

@@ -53,7 +53,7 @@ from nanochat.tools import Tool
 from nanochat.train import Loop, compile_model, make_optimizer, memory_advice
 from tasks.mixtures import DEFAULT, MIXTURES, with_chat
 from tasks.multihop import ColdStart, Row, usable
-from tasks.rag import dataset_folder, load_rows
+from tasks.rag import dataset_folder, exchangeable, load_rows
 
 TRACES = 4  # in the report
 
@@ -79,6 +79,7 @@ class MultihopConfig(FinetuneConfig, RLKeys):
     # the cold start: num_iterations or num_epochs long
     cold_start: Annotated[bool, "begin with it; False: the checkpoint of --source can search already"] = True
     tasks: Annotated[list | None, "--chat_tasks: plain conversations (tasks/mixtures.py); none = embedded"] = None
+    rename: Annotated[bool, "exchange the invented names of a world for each other in every trajectory of it"] = True
     chat_share: Annotated[float, "of the cold start's conversations: plain ones, without a search"] = 0.1
     num_epochs: Annotated[float, "times the cold start sees every trajectory, about"] = 4.0
     warmdown_ratio: Annotated[float, "share of the cold start over which rates fall"] = 0.5
@@ -146,6 +147,7 @@ class Data:
     kb: KnowledgeBase
     train: list[Row]
     val: list[Row]
+    invented: list[str]
 
     def tool(self, cfg: MultihopConfig, tokenizer: Tokenizer, level: Level | None = None) -> Tool:
         """The search tool, at the end of the curriculum or at a level of it."""
@@ -161,7 +163,7 @@ def open_data(cfg: MultihopConfig) -> Data:
         raise UserError("missing --knowledge_base=DIR: make one by `python -m scripts.prepare_rag_dataset`")
     folder = dataset_folder(cfg.knowledge_base)
     train, val = (usable(load_rows(folder / f"{split}.jsonl"), cfg.max_hops) for split in ("train", "val"))
-    return Data(KnowledgeBase.open(folder / "knowledge_base"), train, val)
+    return Data(KnowledgeBase.open(folder / "knowledge_base"), train, val, exchangeable(folder) if cfg.rename else [])
 
 
 # ---- stage 0 ----
@@ -213,8 +215,8 @@ def finished(tag: str) -> bool:
 
 def trajectories(cfg: MultihopConfig, start: Start, data: Data, split: Literal["train", "val"]) -> Any:
     """What the cold start reads, all retrieval done."""
-    rows = data.train if split == "train" else data.val
-    task = ColdStart(rows, data.tool(cfg, start.tokenizer), start.tokenizer, cfg.max_hops, start.T + 1)
+    rows, invented = (data.train, data.invented) if split == "train" else (data.val, [])
+    task = ColdStart(rows, data.tool(cfg, start.tokenizer), start.tokenizer, cfg.max_hops, start.T + 1, invented)
     start.run.print(f"{split}: {task}")
     return with_chat(task, split, cfg.names(MIXTURES, DEFAULT), cfg.chat_share)
 

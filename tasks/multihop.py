@@ -24,7 +24,9 @@ from nanochat.multihop_rl import n_hops
 from nanochat.rag import answer_parts, question_conversation
 from nanochat.retrieval.metrics import cover_match
 from nanochat.tools import NO_MORE_SEARCHES, NOTHING_FOUND, Tool
+from nanochat.world_names import Dice
 from tasks.common import Kind, Task
+from tasks.world_controls import Names, relabel
 from tasks.world_wording import WORDINGS
 
 Row = dict[str, Any]
@@ -103,17 +105,20 @@ class Library:
 class ColdStart(Task):
     """Conversation i: numbers of hops take turns; those of one number come in the order of the rows, again and again.
 
-    max_tokens: trajectories that are longer are left out. counts: how many rows were answered, reworded, abstained,
-    left out.
+    max_tokens: trajectories that are longer are left out. invented: words that are exchanged for each other, in another
+    way each time, as in tasks/rag.py: else the names of a small world are learnt by heart instead of read. counts: how
+    many rows were answered, reworded, abstained, left out.
     """
 
     name = "ColdStart"
     kind: Kind = "conversation"
 
     def __init__(
-        self, rows: Sequence[Row], tool: Tool, tokenizer: Any, max_hops: int, max_tokens: int | None = None, **span: Any
-    ):
+        self, rows: Sequence[Row], tool: Tool, tokenizer: Any, max_hops: int, max_tokens: int | None = None,
+        invented: Sequence[str] = (), **span: Any,
+    ):  # fmt: skip
         super().__init__(**span)
+        self.tokenizer, self.max_tokens, self.names = tokenizer, max_tokens, Names(invented)
         library, rows = Library(tool, tokenizer), usable(rows, max_hops)
         library.ask([hop["query"] for row in rows for hop in row["hops"]])
         missed = [
@@ -127,7 +132,7 @@ class ColdStart(Task):
         self.by_hops: dict[int, list[dict[str, Any]]] = {}
         for row in rows:
             conversation = self._trajectory(row, library, tool.max_calls)
-            if max_tokens is not None and len(tokenizer.render_conversation(conversation)[0]) > max_tokens:
+            if not self._fits(conversation):
                 self.counts["too long"] += 1
                 continue
             self.by_hops.setdefault(n_hops(row), []).append(conversation)
@@ -174,7 +179,13 @@ class ColdStart(Task):
 
     def example(self, i: int) -> dict[str, Any]:
         group = self.groups[i % len(self.groups)]
-        return group[i // len(self.groups) % len(group)]
+        conversation = group[i // len(self.groups) % len(group)]
+        names = self.names.draw(Dice("cold start", i))
+        renamed = relabel(conversation, names) if names else conversation
+        return renamed if self._fits(renamed) else conversation
+
+    def _fits(self, conversation: dict[str, Any]) -> bool:
+        return self.max_tokens is None or len(self.tokenizer.render_conversation(conversation)[0]) <= self.max_tokens
 
     def __str__(self) -> str:
         hops = ", ".join(f"{len(group)} of {h} hops" for h, group in sorted(self.by_hops.items()))

@@ -4,10 +4,12 @@
     task[0]    # {"messages", "answers", "gold": [2], "answerable": True, "kind": "1hop", "case": "gold"}
 
 What the documents of an answerable question are is drawn by `Shares`: its gold documents among distractors (answer,
-citing them), distractors alone (abstain), or what was retrieved, as it is (answer where that suffices). Distractors are
-half retrieved for the question and half for others, and none of them states an answer. Unanswerable questions come
-with what was retrieved. After RAFT (2403.10131), whose share of questions without gold is 0.2 too; gold positions are
-uniform because models prefer the first and the last document (2307.03172).
+citing them), distractors alone (abstain), or what was retrieved, as it is (answer where that suffices). A distractor is
+retrieved for the question (it tells something else of what is asked about), or evidence for an alike question (it tells
+the same of something else), or retrieved for any question, and none states an answer. Without the second a model learns
+to look for the relation alone, and reads it in whatever document has it (docs/LOG.md, 2026-11-22). Unanswerable
+questions come with what was retrieved. After RAFT (2403.10131), whose share of questions without gold is 0.2 too; gold
+positions are uniform because models prefer the first and the last document (2307.03172).
 
 With follow_ups, more questions about the documents shown are asked in the same conversation, at random from the rows
 whose gold documents these are, and from the unanswerable rows whose search found one of them first: a document read
@@ -31,6 +33,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from nanochat.common import read_json
 from nanochat.config import UserError
 from nanochat.conversation import render_documents
 from nanochat.rag import MAX_DOC_LENGTH, answer_parts, question_conversation, shorten
@@ -39,11 +42,12 @@ from nanochat.retrieval.metrics import exact_match
 from nanochat.world_names import Dice
 from tasks.common import Kind, Task, check_split
 from tasks.data import numbered_lines
-from tasks.world_controls import Shifted, relabel
+from tasks.world_controls import Names, relabel
 
 SEARCHED = 1024  # questions of one search
 UNANSWERABLE = 0.25  # of the unanswerable rows that could be further questions: those that may be
 DRAWS = 50  # of a random distractor, before there is one less
+SOURCES = ("found", "alike", "any")  # of a distractor, each as likely
 SEGMENTS = re.compile(r"<\|(search|info|python|output)_start\|>.*?(<\|\1_end\|>|\Z)", re.DOTALL)
 CITATION = re.compile(r"<\|cite_start\|>.*?(<\|cite_end\|>|\Z)", re.DOTALL)
 ABSTAIN = "<|abstain|>"
@@ -98,6 +102,11 @@ def dataset_folder(knowledge_base: str | Path) -> Path:
     )
 
 
+def exchangeable(folder: Path) -> list[str]:
+    """The words of a dataset that are to be exchanged for each other in training: the names of an invented world."""
+    return read_json(folder / "dataset.json")["invented_words"]
+
+
 def load_rows(path: str | Path) -> list[Row]:
     """The rows of a .jsonl file, each checked. UserError with file and line."""
     path = Path(path).expanduser()
@@ -128,6 +137,11 @@ def hops(row: Row) -> list[list[str]]:
     """For each step of an answerable row the ids of documents of which one must be read."""
     steps = [hop["gold_ids"] for hop in row.get("hops") or []]
     return steps if steps and all(steps) else [[id] for id in row["gold_ids"]]
+
+
+def alike(row: Row) -> str:
+    """Equal for questions that ask the same of different things: by their relations, else by their first two words."""
+    return " ".join(row.get("relations") or re.findall(r"\w+", row["question"].lower())[:2])
 
 
 def evidence_in(passages: Sequence[Passage], row: Row) -> list[Passage]:
@@ -188,9 +202,12 @@ class RAG(Task):
         self.pool = list(self.passages.values())
         self.short: dict[Passage, tuple[Passage, int]] = {}
         self.follow_ups = follow_ups
-        self.invented = Dice("invented", seed).shuffled(invented)
-        self.place = {word: i for i, word in enumerate(self.invented)}
+        self.names = Names(invented, seed)
         self.about = self._rows_by_document() if follow_ups else {}
+        self.alike: dict[str, list[Row]] = {}
+        for row in self.rows:
+            if row["answerable"] and not row.get("documents"):
+                self.alike.setdefault(alike(row), []).append(row)
 
     def _rows_by_document(self) -> dict[str, list[int]]:
         """Document id -> the rows that can be asked about it without documents of their own."""
@@ -269,7 +286,7 @@ class RAG(Task):
         n = max(len(kept), 1 + dice.below(self.top_k))
         if n > self.top_k:  # more steps than documents
             kept, n = [], self.top_k
-        distractors = self._distractors(dice, n - len(kept), others, known | own.keys(), stated)
+        distractors = self._distractors(dice, n - len(kept), row, others, known | own.keys(), stated)
         evidence = gold if kept and self._shown(gold, stated) else []
         return dice.shuffled([*kept, *distractors]), evidence
 
@@ -288,15 +305,20 @@ class RAG(Task):
         return max(zip(chunks, overlap, strict=True), key=lambda c: (c[0].holds(row["answers"]), c[1]))[0]
 
     def _distractors(
-        self, dice: Dice, n: int, others: list[Passage], known: set[str], stated: Sequence[str]
+        self, dice: Dice, n: int, row: Row, others: list[Passage], known: set[str], stated: Sequence[str]
     ) -> list[Passage]:
-        """n passages, half of them the best of `others`, half found for other questions; fewer where there are none."""
-        hard = others[: sum(dice.chance(0.5) for _ in range(n))]
-        chosen = {p.id: p for p in hard}
-        for _ in range(DRAWS * n if self.pool else 0):
+        """n passages, of each of SOURCES some: of `others` the best. Fewer where there are none."""
+        sources = [dice.pick(SOURCES) for _ in range(n)]
+        chosen = {p.id: p for p in others[: sources.count("found")]}
+        rivals, enough = self.alike.get(alike(row), []), min(n, len(chosen) + sources.count("alike"))
+        for draw in range(DRAWS * n if self.pool else 0):
             if len(chosen) >= n:
                 break
-            passage = dice.pick(self.pool)
+            if rivals and len(chosen) < enough and draw < DRAWS * n // 2:
+                rival = dice.pick(rivals)
+                passage = self._gold(dice.pick(hops(rival)[-1]), rival, {})
+            else:
+                passage = dice.pick(self.pool)
             if passage.id not in known and passage.id not in chosen and not passage.holds(stated):
                 chosen[passage.id] = passage
         return list(chosen.values())
@@ -335,9 +357,10 @@ class RAG(Task):
         if self.follow_ups:
             messages += self._further(dice, row, messages, [p for p in documents if p.id not in own], documents)
         answers = row["answers"]
-        if self.invented:
-            names = Shifted(self.invented, self.place, dice.below(len(self.invented)))
-            messages, answers = relabel(messages, names), relabel(answers, names)
+        names = self.names.draw(dice)
+        renamed = relabel(messages, names) if names else messages
+        if self.follow_ups or self._fits(renamed):  # of follow-ups the last one may be cut
+            messages, answers = renamed, relabel(answers, names)
         return {
             "messages": messages,
             "answers": answers,
@@ -369,6 +392,9 @@ class RAG(Task):
             further += turn
         return further
 
+    def _fits(self, messages: list[dict[str, Any]]) -> bool:
+        return self.tokenizer is None or self.max_tokens is None or self._size(messages) <= self.max_tokens
+
     def _size(self, messages: list[dict[str, Any]]) -> int:
         """Ids of a conversation."""
         return len(self.tokenizer.render_conversation({"messages": messages})[0])
@@ -387,7 +413,8 @@ class RAG(Task):
             return documents
         content = answer_parts(said, [99] * len(evidence), abstain=not evidence)
         bare = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}]}
-        used = len(self.tokenizer.render_conversation(bare)[0]) + 2 + sum(self._shortened(p)[1] for p in documents)
+        used = len(self.tokenizer.render_conversation(bare)[0]) + sum(self._shortened(p)[1] for p in documents)
+        used += 2 + len(self.tokenizer.encode_ordinary(question))  # the ids around the documents, and it is asked again
         kept = list(documents)
         for passage in reversed(documents):
             if used > self.max_tokens and passage not in evidence:

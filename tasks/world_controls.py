@@ -67,6 +67,18 @@ class Shifted(Mapping[str, str]):
         return len(self.order)
 
 
+class Names:
+    """The ways to exchange these words for each other."""
+
+    def __init__(self, words: Sequence[str], seed: int = 0) -> None:
+        self.order = Dice("invented", seed).shuffled(words)
+        self.place = {word: i for i, word in enumerate(self.order)}
+
+    def draw(self, dice: Dice) -> Mapping[str, str]:
+        """One of them."""
+        return Shifted(self.order, self.place, dice.below(len(self.order))) if self.order else {}
+
+
 def relabel(thing: T, names: Mapping[str, str]) -> T:
     """The same rows, documents or text with every word that `names` has exchanged; ids stay.
 

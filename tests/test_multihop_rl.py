@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,7 +43,7 @@ from scripts.refrag_finetune import MultihopConfig
 from tasks.common import exchange
 from tasks.mixtures import with_chat
 from tasks.multihop import ColdStart, reworded, usable
-from tasks.world import world_documents, world_rows
+from tasks.world import invented_words, world_documents, world_rows
 
 KINDS = ("1hop", "2hop", "3hop", "missing")
 
@@ -57,6 +58,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, world in worlds.items():
         rows = world_rows(world, 60, KINDS)
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "dataset.json").write_text(json.dumps({"invented_words": invented_words(worlds["train"])}))
     Tokenizer.train((d.text for d in documents), 400).save(folder / "tokenizer")
     return folder
 
@@ -226,6 +228,32 @@ def test_what_does_not_fit_is_left_out_and_rows_without_steps_are_no_use(
     with pytest.raises(UserError, match="none of 1 questions has 1 to 3 hops"):
         usable([{"question": "?", "answers": ["a"], "answerable": True}], 3)
     assert {len(row["hops"]) for row in usable(rows, 2)} == {1, 2}
+
+
+def test_names_are_exchanged_throughout_a_trajectory_and_anew_each_time(
+    tool: Any, tokenizer: Tokenizer, rows: list[dict[str, Any]]
+) -> None:
+    words = invented_words(World(0, 64, "train"))
+    plain, renamed = ColdStart(rows, tool, tokenizer, 3), ColdStart(rows, tool, tokenizer, 3, invented=words)
+    assert len(plain) == len(renamed)
+    shifts = set()
+    for i in (0, 1, 2, len(renamed) - 1):
+        before, after = (words_of(task[i]) for task in (plain, renamed))
+        assert len(before) == len(after) and words_of(renamed[i]) == after
+        names: dict[str, str] = {}
+        for old, new in zip(before, after, strict=True):
+            assert names.setdefault(old, new) == new and (old == new) == (old not in words)
+        assert len(set(names.values())) == len(names)
+        old, new = next((old, new) for old, new in names.items() if old != new)
+        shifts.add((renamed.names.place[new] - renamed.names.place[old]) % len(words))
+    assert len(shifts) > 1
+    longest = max(len(tokenizer.render_conversation(c)[0]) for c in plain)
+    tight = ColdStart(rows, tool, tokenizer, 3, max_tokens=longest, invented=words)
+    assert max(len(tokenizer.render_conversation(c)[0]) for c in tight) <= longest
+
+
+def words_of(conversation: Any) -> list[str]:
+    return re.findall(r"\w+", str(conversation))
 
 
 # ---- what a trajectory is worth ----

@@ -133,6 +133,15 @@ def slots(ids: list[int]) -> list[list[int]]:
     return [ids[a:b] for a, b in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
 
 
+def test_a_question_stands_before_and_behind_its_documents_and_once_in_history() -> None:
+    first = question_conversation("where is it?", [{"title": "River", "text": "It is in the north."}])
+    text = TOKENIZER.decode(TOKENIZER.render_for_completion(first))
+    assert text.count("where is it?") == 2 and text.index("north") < text.rindex("where is it?")
+    assert question_conversation("who?", [])["messages"][0]["content"] == "who?"
+    later = question_conversation("who?", [], [*first["messages"], {"role": "assistant", "content": "north"}])
+    assert [m["content"] for m in later["messages"]] == ["where is it?", "north", "who?"]
+
+
 def test_documents_that_do_not_fit_are_dropped_from_the_last() -> None:
     hits = [hit(f"The river {i} flows to town {i}.", f"River {i}") for i in range(9)]
     sizes = [

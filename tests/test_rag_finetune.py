@@ -23,7 +23,7 @@ from scripts import rag_finetune
 from scripts.prepare_rag_dataset import main as prepare
 from scripts.rag_finetune import RagFinetuneConfig
 from tasks.mixtures import with_chat
-from tasks.rag import RAG, Shares, dataset_folder, hops, load_rows
+from tasks.rag import RAG, Shares, alike, dataset_folder, hops, load_rows
 from tasks.world import world_documents, world_rows
 
 WORLD = World(0, 64, "train")
@@ -150,6 +150,30 @@ def test_shares_positions_and_numbers_of_documents_are_as_drawn(kb: KnowledgeBas
             assert abs(counts[n, position] / len(gold) - 1 / 4 / n) < 0.08, (n, position)
     with pytest.raises(UserError, match=r"gold=0.5, absent=0.2, retrieved=0.2: expected 0 or more, 1 in all"):
         Shares(0.5)
+
+
+def test_other_documents_answer_the_same_of_something_else(kb: KnowledgeBase) -> None:
+    rows = world_rows(WORLD, 200, kinds=("1hop",), max_facts=2)
+    evidence = {key: {id for row in rows if alike(row) == key for hop in hops(row) for id in hop} for key in
+                map(alike, rows)}  # fmt: skip
+    task = RAG(rows, kb, top_k=4, shares=Shares(0.5, 0.5, 0), variants=400 // len(rows))
+    by_text = {p.text: p.id for p in task.passages.values()}
+    by_text |= {d.text: id for ids in evidence.values() for id in ids if (d := kb.get(id)) is not None}
+    rivals = others = 0
+    for i, conversation in enumerate(task):
+        row = task.rows[i % len(rows)]
+        own = {id for hop in hops(row) for id in hop}
+        ids = [by_text[d["text"]] for d in shown(conversation)]
+        if len(evidence[alike(row)] - own) >= 4:
+            rivals += sum(id in evidence[alike(row)] - own for id in ids)
+            others += sum(id not in own for id in ids)
+    assert others > 200 and 0.33 < rivals / others < 0.7  # a third is drawn so, some of the rest happen to be
+
+
+def test_questions_without_relations_are_alike_by_their_first_words() -> None:
+    row = {"question": "Who runs the mill?"}
+    assert alike(row) == alike({"question": "Who runs  a ferry"}) == "who runs"
+    assert alike({**row, "relations": ["employer", "town"]}) == "employer town"
 
 
 def test_a_conversation_is_a_function_of_its_number(kb: KnowledgeBase) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.conversation import SENTENCE_END
+from nanochat.conversation import SENTENCE_END, plain_text
 
 NUMBER = re.compile(r" \[\d+\]\Z")  # of a document, at its end
 
@@ -92,8 +92,7 @@ def make_prompt(tokenizer: Any, conversation: dict[str, Any], k: int) -> Prompt:
     """A conversation of tasks/rag.py: {"messages", "answers", "gold", ...}, its last message the answer."""
     ids, mask = tokenizer.render_conversation(conversation)
     chunks = cut(tokenizer, ids, k)
-    asked = conversation["messages"][-2]["content"]
-    question = asked if isinstance(asked, str) else "".join(p["text"] for p in asked if p["type"] == "text")
+    question = plain_text(conversation["messages"][-2]["content"])
     gold: list[int] = []
     for number in conversation.get("gold", ()):
         own = [i for i, chunk in enumerate(chunks) if chunk.document == number]

@@ -52,6 +52,7 @@ class CompressConfig:
     top_k: Annotated[int, "documents of a question, as many of them as fit the model's context as tokens"] = 12
     max_doc_length: Annotated[int, "tokens of a document, title and number included"] = 128
     absent_share: Annotated[float, "of answerable questions in training: those without their documents"] = 0.15
+    rename: Annotated[bool, "exchange the invented names of a world for each other in every question's context"] = True
     out_tag: Annotated[str, "folder of the result; empty = model_tag and _compress"] = ""
     # the compression
     chunk_tokens: Annotated[int, "tokens of a chunk at most, k: whole sentences"] = 32

@@ -124,9 +124,9 @@ def sourced_prompt(
     question = question_of(turns)
     system = turns[0]["content"] if turns[0]["role"] == "system" else ""
     shown = rag.shortened(tokenizer, hits, max_doc_length)
-    n = rag.n_fitting(tokenizer, f"{system}\n\n{question}" if system else question, shown, budget)
+    n = rag.n_fitting(tokenizer, question, shown, budget, system)
     if system:
-        last = {"role": "user", "content": [*turns[-1]["content"], {"type": "docs", "documents": shown[:n]}]}
+        last = {"role": "user", "content": rag.around(turns[-1]["content"], shown[:n])}
         ids = tokenizer.render_for_completion({"messages": [*turns[:-1], last]}, max_tokens=budget)
     else:
         ids = rag.prompt_ids(tokenizer, question, shown[:n], budget, turns[:-1])
