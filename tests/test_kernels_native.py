@@ -11,7 +11,7 @@ from nanochat import ops
 from nanochat.config import UserError
 from nanochat.kernels import native
 
-LEVELS = ["baseline", "avx2", "avx512"]
+LEVELS = ["baseline", "avx2", "avx512", "avx512bf16"]
 LEVELS = LEVELS[: LEVELS.index(rustbpe.simd_level()) + 1]
 FLOATS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 

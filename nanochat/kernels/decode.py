@@ -25,7 +25,8 @@ def available(device: torch.device) -> str | None:
 def pack(weight: Tensor, simd: str | None = None) -> Callable[[Tensor], Tensor]:
     """weight (N, K) float32 or bfloat16, which is copied -> x (..., K) -> x W^T (..., N) float32.
 
-    simd: "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
+    Where the machine multiplies pairs of bfloat16, x is rounded to it for a bfloat16 weight, as torch does.
+    simd: "avx512bf16" | "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
     """
     assert weight.dtype in (torch.float32, torch.bfloat16), weight.dtype
     weight = weight.detach().contiguous()

@@ -107,7 +107,7 @@ def selective_scan(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """ops.selective_scan for B, C of (B, N, T) and anything up to float32; best on (B, T, E) memory, as there.
 
-    simd: "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
+    simd: "avx512bf16" | "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
     UserError: B or C in another shape, float64, a complex A, or the kernel is not built.
     """
     if B.ndim != 3 or C.ndim != 3:

@@ -169,7 +169,7 @@ mod tests {
         let (q, kept) = (wave(3 * heads * size, 0.37), 3 * groups * capacity * size);
         let (k, v) = (wave(kept, 0.73), wave(kept, 0.11));
         let all = Attend { heads, groups, capacity, size, q: &q, k: &k, v: &v, lengths: &lengths };
-        for level in [Level::Baseline, Level::Avx2, Level::Avx512].into_iter().filter(|&l| l <= Level::best()) {
+        for level in Level::ALL.into_iter().filter(|&l| l <= Level::best()) {
             let y = attend(&all, 1, level);
             for (i, &y) in y.iter().enumerate() {
                 let (b, h, c) = (i / (heads * size), i / size % heads, i % size);

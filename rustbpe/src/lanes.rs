@@ -80,15 +80,21 @@ pub enum Level {
     Avx2,
     /// AVX-512F.
     Avx512,
+    /// AVX-512F and its products of bfloat16 pairs.
+    Avx512Bf16,
 }
 
 impl Level {
+    /// From the lowest.
+    pub const ALL: [Level; 4] = [Level::Baseline, Level::Avx2, Level::Avx512, Level::Avx512Bf16];
+
     /// The highest level of this machine.
     pub fn best() -> Level {
         #[cfg(target_arch = "x86_64")]
         {
             if std::arch::is_x86_feature_detected!("avx512f") {
-                return Level::Avx512;
+                let pairs = std::arch::is_x86_feature_detected!("avx512bf16");
+                return if pairs { Level::Avx512Bf16 } else { Level::Avx512 };
             }
             if std::arch::is_x86_feature_detected!("avx2") && std::arch::is_x86_feature_detected!("fma") {
                 return Level::Avx2;
@@ -97,13 +103,15 @@ impl Level {
         Level::Baseline
     }
 
-    /// "avx512", "avx2" or "baseline"; an error if unknown or above what this machine has.
+    /// "avx512bf16", "avx512", "avx2" or "baseline"; an error if unknown or above what this machine has.
     pub fn parse(name: &str) -> crate::Result<Level> {
         let best = Level::best();
-        match [Level::Baseline, Level::Avx2, Level::Avx512].into_iter().find(|level| level.name() == name) {
+        match Level::ALL.into_iter().find(|level| level.name() == name) {
             Some(level) if level <= best => Ok(level),
             Some(_) => Err(crate::Error(format!("simd={name:?}: the best of this machine is {:?}", best.name()))),
-            None => Err(crate::Error(format!("simd={name:?}: expected 'avx512', 'avx2', 'baseline' or None"))),
+            None => {
+                Err(crate::Error(format!("simd={name:?}: expected 'avx512bf16', 'avx512', 'avx2', 'baseline' or None")))
+            }
         }
     }
 
@@ -113,6 +121,7 @@ impl Level {
             Level::Baseline => "baseline",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
         }
     }
 }

@@ -18,81 +18,99 @@ const AHEAD: usize = 64;
 /// Multiplications below which more threads cost more than they give.
 const ALONE: usize = 1 << 25;
 
-/// The weights of a panel for one input.
+/// The weights of a panel for INPUTS inputs.
 trait Weights: Copy + Sync {
     type Number: Copy;
-    fn pack(at: impl Fn(usize) -> Option<Self::Number>) -> Self;
-    fn wide(&self) -> [Lanes; 2];
+    const INPUTS: usize;
+    /// at(output, input) of the panel; None = beyond the weight.
+    fn pack(at: impl Fn(usize, usize) -> Option<Self::Number>) -> Self;
+    fn wide(&self, input: usize) -> [Lanes; 2];
     /// # Safety
     /// The machine has AVX-512F.
     #[cfg(target_arch = "x86_64")]
-    unsafe fn wide512(&self) -> [__m512; 2];
+    unsafe fn wide512(&self, input: usize) -> [__m512; 2];
 }
 
 impl Weights for [Lanes; 2] {
     type Number = f32;
+    const INPUTS: usize = 1;
 
-    fn pack(at: impl Fn(usize) -> Option<f32>) -> Self {
-        [0, LANES].map(|first| Lanes::new(|l| at(first + l).unwrap_or(0.0)))
+    fn pack(at: impl Fn(usize, usize) -> Option<f32>) -> Self {
+        [0, LANES].map(|first| Lanes::new(|l| at(first + l, 0).unwrap_or(0.0)))
     }
 
     #[inline(always)]
-    fn wide(&self) -> [Lanes; 2] {
+    fn wide(&self, _: usize) -> [Lanes; 2] {
         *self
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide512(&self) -> [__m512; 2] {
+    unsafe fn wide512(&self, _: usize) -> [__m512; 2] {
         // SAFETY: sixteen numbers, aligned.
         unsafe { [_mm512_load_ps(self[0].0.as_ptr()), _mm512_load_ps(self[1].0.as_ptr())] }
     }
 }
 
-/// bfloat16: the upper half of a float32.
+/// bfloat16, the upper half of a float32: in each word an output's weights for two inputs, the first one below.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Halves([u16; WIDTH]);
+struct Pairs([u32; WIDTH]);
 
-impl Weights for Halves {
+impl Weights for Pairs {
     type Number = u16;
+    const INPUTS: usize = 2;
 
-    fn pack(at: impl Fn(usize) -> Option<u16>) -> Self {
-        Halves(std::array::from_fn(|i| at(i).unwrap_or(0)))
+    fn pack(at: impl Fn(usize, usize) -> Option<u16>) -> Self {
+        Pairs(std::array::from_fn(|o| (0..2).map(|i| (at(o, i).unwrap_or(0) as u32) << (16 * i)).sum()))
     }
 
     #[inline(always)]
-    fn wide(&self) -> [Lanes; 2] {
-        [0, LANES].map(|first| Lanes::new(|l| f32::from_bits((self.0[first + l] as u32) << 16)))
+    fn wide(&self, input: usize) -> [Lanes; 2] {
+        [0, LANES].map(|first| Lanes::new(|l| f32::from_bits((self.0[first + l] >> (16 * input)) << 16)))
     }
 
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    unsafe fn wide512(&self) -> [__m512; 2] {
-        // SAFETY: twice sixteen numbers, aligned; the caller answers for the machine.
+    unsafe fn wide512(&self, input: usize) -> [__m512; 2] {
+        // SAFETY: sixteen words, aligned; the caller answers for the machine.
         unsafe {
             let (low, high) = (self.0.as_ptr(), self.0.as_ptr().add(LANES));
-            [low, high].map(|half| {
-                let bits = _mm512_cvtepu16_epi32(_mm256_load_si256(half.cast()));
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits))
+            [low, high].map(|words| {
+                let words = _mm512_load_si512(words.cast());
+                let first = _mm512_slli_epi32::<16>(words);
+                let second = _mm512_and_si512(words, _mm512_set1_epi32(!0xffff));
+                _mm512_castsi512_ps(if input == 0 { first } else { second })
             })
         }
     }
 }
 
-/// (N, K) -> panels, each of K items; outputs beyond N are zero.
+/// (N, K) -> panels, each of K / INPUTS items; what lies beyond N and K is zero.
 fn pack<W: Weights>(weight: &[W::Number], inputs: usize) -> Vec<W> {
     let (outputs, mut panels) = (weight.len() / inputs, Vec::new());
-    panels.reserve_exact(outputs.div_ceil(WIDTH) * inputs);
+    panels.reserve_exact(outputs.div_ceil(WIDTH) * inputs.div_ceil(W::INPUTS));
     for first in (0..outputs).step_by(WIDTH) {
-        panels.extend((0..inputs).map(|k| W::pack(|i| weight.get((first + i) * inputs + k).copied())));
+        panels.extend((0..inputs).step_by(W::INPUTS).map(|k| {
+            W::pack(|o, i| if k + i < inputs { weight.get((first + o) * inputs + k + i).copied() } else { None })
+        }));
     }
     panels
 }
 
+/// Rows of K numbers -> rows of pairs of bfloat16, rounded to the nearest, ties to even.
+fn to_pairs(x: &[f32], inputs: usize) -> Vec<u32> {
+    let round = |x: f32| {
+        let bits = x.to_bits();
+        if x.is_nan() { 0x7fc0 } else { (bits + 0x7fff + (bits >> 16 & 1)) >> 16 }
+    };
+    let pair = |pair: &[f32]| round(pair[0]) | if pair.len() > 1 { round(pair[1]) << 16 } else { 0 };
+    x.chunks(inputs).flat_map(|row| row.chunks(2)).map(pair).collect()
+}
+
 enum Panels {
     Float(Vec<[Lanes; 2]>),
-    Half(Vec<Halves>),
+    Half(Vec<Pairs>),
 }
 
 /// A weight (N, K), packed.
@@ -115,7 +133,8 @@ impl Packed {
         Packed { outputs: weight.len() / inputs, inputs, panels: Panels::Float(pack(weight, inputs)) }
     }
 
-    /// Of the bits of bfloat16 numbers; they are kept as they are, and widened as they are read.
+    /// Of the bits of bfloat16 numbers; they are kept as they are, and widened as they are read where the machine does
+    /// not multiply pairs of them. Where it does, x is rounded to bfloat16, as torch does.
     pub fn half(weight: &[u16], inputs: usize) -> Packed {
         assert_eq!(weight.len() % inputs, 0);
         Packed { outputs: weight.len() / inputs, inputs, panels: Panels::Half(pack(weight, inputs)) }
@@ -123,27 +142,57 @@ impl Packed {
 
     /// x (M, K) -> y (M, N), added up in float32.
     pub fn multiply(&self, x: &[f32], threads: usize, level: Level) -> Vec<f32> {
-        let level = level.min(Level::best());
+        assert_eq!(x.len() % self.inputs, 0);
+        let (rows, level) = (x.len() / self.inputs, level.min(Level::best()));
         match &self.panels {
-            Panels::Float(panels) => self.run(panels, x, threads, level),
-            Panels::Half(panels) => self.run(panels, x, threads, level),
+            Panels::Float(panels) => self.run(panels, rows, threads, |panel, to| multiply_panel(panel, x, to, level)),
+            #[cfg(target_arch = "x86_64")]
+            Panels::Half(panels) if level == Level::Avx512Bf16 => {
+                let x = to_pairs(x, self.inputs);
+                self.run(panels, rows, threads, |panel, to| {
+                    // SAFETY: the machine is of this level.
+                    tiles(rows, 8, |first, n| unsafe {
+                        match n {
+                            8 => tile_pairs::<8>(panel, &x, first, to),
+                            4 => tile_pairs::<4>(panel, &x, first, to),
+                            2 => tile_pairs::<2>(panel, &x, first, to),
+                            _ => tile_pairs::<1>(panel, &x, first, to),
+                        }
+                    })
+                })
+            }
+            Panels::Half(panels) => {
+                let even = self.inputs.is_multiple_of(2);
+                let padded = if even { Vec::new() } else { x.chunks(self.inputs).flat_map(padded_row).collect() };
+                let x = if even { x } else { &padded };
+                self.run(panels, rows, threads, |panel, to| multiply_panel(panel, x, to, level))
+            }
         }
     }
 
-    fn run<W: Weights>(&self, panels: &[W], x: &[f32], threads: usize, level: Level) -> Vec<f32> {
-        assert_eq!(x.len() % self.inputs, 0);
-        let mut y = vec![0.0; x.len() / self.inputs * self.outputs];
-        let threads = if x.len() * self.outputs < ALONE { 1 } else { threads };
-        let to = Shared::new(&mut y);
-        run(panels.len() / self.inputs, threads, |next| {
+    /// work(panel, where its products go) for every panel.
+    fn run<W: Weights>(
+        &self,
+        panels: &[W],
+        rows: usize,
+        threads: usize,
+        work: impl Fn(&[W], &Part) + Sync,
+    ) -> Vec<f32> {
+        let mut y = vec![0.0; rows * self.outputs];
+        let threads = if rows * self.inputs * self.outputs < ALONE { 1 } else { threads };
+        let (to, items) = (Shared::new(&mut y), self.inputs.div_ceil(W::INPUTS));
+        run(panels.len() / items, threads, |next| {
             while let Some(task) = next() {
-                let panel = &panels[task * self.inputs..(task + 1) * self.inputs];
                 let part = Part { outputs: self.outputs, first: task * WIDTH, to: &to };
-                multiply_panel(panel, x, &part, level);
+                work(&panels[task * items..(task + 1) * items], &part);
             }
         });
         y
     }
+}
+
+fn padded_row(row: &[f32]) -> impl Iterator<Item = f32> {
+    row.iter().copied().chain([0.0])
 }
 
 /// Where the products of a panel go.
@@ -165,11 +214,11 @@ impl Part<'_> {
 }
 
 fn multiply_panel<W: Weights>(panel: &[W], x: &[f32], to: &Part, level: Level) {
-    let rows = x.len() / panel.len();
+    let rows = x.len() / (panel.len() * W::INPUTS);
     match level {
         // SAFETY: `multiply` has seen to it that the machine is of this level.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => tiles(rows, 8, |first, n| unsafe {
+        Level::Avx512 | Level::Avx512Bf16 => tiles(rows, 8, |first, n| unsafe {
             match n {
                 8 => tile_avx512::<8, W>(panel, x, first, to),
                 4 => tile_avx512::<4, W>(panel, x, first, to),
@@ -204,38 +253,78 @@ fn tiles(rows: usize, most: usize, work: impl Fn(usize, usize)) {
 
 /// The rows of x (M, K) from `first` on.
 #[inline(always)]
-fn rows_of<const ROWS: usize>(x: &[f32], first: usize, inputs: usize) -> [&[f32]; ROWS] {
+fn rows_of<const ROWS: usize, T>(x: &[T], first: usize, inputs: usize) -> [&[T]; ROWS] {
     std::array::from_fn(|r| &x[(first + r) * inputs..(first + r + 1) * inputs])
+}
+
+/// Ask for what is multiplied AHEAD items from here; the panels are one array.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn ask_ahead<W>(item: &W) {
+    let ahead = std::ptr::from_ref(item).wrapping_add(AHEAD).cast::<i8>();
+    for line in (0..size_of::<W>()).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+fn store512(row: usize, sums: [__m512; 2], to: &Part) {
+    let mut numbers = [0.0; WIDTH];
+    // SAFETY: twice sixteen of the 32 numbers.
+    unsafe {
+        _mm512_storeu_ps(numbers.as_mut_ptr(), sums[0]);
+        _mm512_storeu_ps(numbers.as_mut_ptr().add(LANES), sums[1]);
+    }
+    to.store(row, &numbers);
 }
 
 /// By hand: of eight rows LLVM would keep the sums in memory.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn tile_avx512<const ROWS: usize, W: Weights>(panel: &[W], x: &[f32], first: usize, to: &Part) {
-    let x: [&[f32]; ROWS] = rows_of(x, first, panel.len());
+    let x: [&[f32]; ROWS] = rows_of(x, first, panel.len() * W::INPUTS);
     let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-    for (k, weights) in panel.iter().enumerate() {
-        let ahead = std::ptr::from_ref(weights).wrapping_add(AHEAD).cast::<i8>(); // the panels are one array
-        for line in (0..size_of::<W>()).step_by(64) {
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(line));
-        }
-        // SAFETY: this is the machine.
-        let weights = unsafe { weights.wide512() };
-        for r in 0..ROWS {
-            let x = _mm512_set1_ps(x[r][k]);
-            for v in 0..2 {
-                sums[r][v] = _mm512_fmadd_ps(x, weights[v], sums[r][v]);
+    for (k, item) in panel.iter().enumerate() {
+        ask_ahead(item);
+        for i in 0..W::INPUTS {
+            // SAFETY: this is the machine.
+            let weights = unsafe { item.wide512(i) };
+            for r in 0..ROWS {
+                let x = _mm512_set1_ps(x[r][k * W::INPUTS + i]);
+                for v in 0..2 {
+                    sums[r][v] = _mm512_fmadd_ps(x, weights[v], sums[r][v]);
+                }
             }
         }
     }
-    for (r, [low, high]) in sums.into_iter().enumerate() {
-        let mut row = [0.0; WIDTH];
-        // SAFETY: twice sixteen of the 32 numbers.
-        unsafe {
-            _mm512_storeu_ps(row.as_mut_ptr(), low);
-            _mm512_storeu_ps(row.as_mut_ptr().add(LANES), high);
+    for (r, sums) in sums.into_iter().enumerate() {
+        store512(first + r, sums, to);
+    }
+}
+
+/// Two inputs at a time, in bfloat16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn tile_pairs<const ROWS: usize>(panel: &[Pairs], x: &[u32], first: usize, to: &Part) {
+    let x: [&[u32]; ROWS] = rows_of(x, first, panel.len());
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    for (k, item) in panel.iter().enumerate() {
+        ask_ahead(item);
+        // SAFETY: sixteen words, aligned, and the same bits.
+        let weights = [0, LANES].map(|v| unsafe {
+            std::mem::transmute::<__m512i, __m512bh>(_mm512_load_si512(item.0.as_ptr().add(v).cast()))
+        });
+        for r in 0..ROWS {
+            // SAFETY: the same bits.
+            let x = unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x[r][k] as i32)) };
+            for v in 0..2 {
+                sums[r][v] = _mm512_dpbf16_ps(sums[r][v], x, weights[v]);
+            }
         }
-        to.store(first + r, &row);
+    }
+    for (r, sums) in sums.into_iter().enumerate() {
+        store512(first + r, sums, to);
     }
 }
 
@@ -247,15 +336,17 @@ fn tile_avx2<const ROWS: usize, W: Weights>(panel: &[W], x: &[f32], first: usize
 
 #[inline(always)]
 fn tile<const FMA: bool, const ROWS: usize, W: Weights>(panel: &[W], x: &[f32], first: usize, to: &Part) {
-    let x: [&[f32]; ROWS] = rows_of(x, first, panel.len());
+    let x: [&[f32]; ROWS] = rows_of(x, first, panel.len() * W::INPUTS);
     let mut sums = [[Lanes::ZERO; 2]; ROWS];
-    for (k, weights) in panel.iter().enumerate() {
-        let weights = weights.wide();
-        for r in 0..ROWS {
-            let x = x[r][k];
-            for v in 0..2 {
-                for l in 0..LANES {
-                    sums[r][v].0[l] = fma::<FMA>(x, weights[v].0[l], sums[r][v].0[l]);
+    for (k, item) in panel.iter().enumerate() {
+        for i in 0..W::INPUTS {
+            let weights = item.wide(i);
+            for r in 0..ROWS {
+                let x = x[r][k * W::INPUTS + i];
+                for v in 0..2 {
+                    for l in 0..LANES {
+                        sums[r][v].0[l] = fma::<FMA>(x, weights[v].0[l], sums[r][v].0[l]);
+                    }
                 }
             }
         }
@@ -282,7 +373,7 @@ mod tests {
     }
 
     fn levels() -> impl Iterator<Item = Level> {
-        [Level::Baseline, Level::Avx2, Level::Avx512].into_iter().filter(|&level| level <= Level::best())
+        Level::ALL.into_iter().filter(|&level| level <= Level::best())
     }
 
     #[test]
@@ -291,13 +382,17 @@ mod tests {
             let (x, weight) = (random(1, rows * inputs), random(2, outputs * inputs));
             let bits: Vec<u16> = weight.iter().map(|w| (w.to_bits() >> 16) as u16).collect();
             let cut: Vec<f32> = bits.iter().map(|&bits| f32::from_bits((bits as u32) << 16)).collect();
-            for (packed, weight) in [(Packed::float(&weight, inputs), &weight), (Packed::half(&bits, inputs), &cut)] {
+            for (packed, weight, half) in
+                [(Packed::float(&weight, inputs), &weight, false), (Packed::half(&bits, inputs), &cut, true)]
+            {
                 for level in levels() {
                     let y = packed.multiply(&x, 1, level);
                     assert_eq!(y.len(), rows * outputs);
                     for (i, &y) in y.iter().enumerate() {
                         let (x, w) = (&x[i / outputs * inputs..][..inputs], &weight[i % outputs * inputs..][..inputs]);
-                        let terms = x.iter().zip(w).map(|(&x, &w)| x as f64 * w as f64);
+                        let rounded = half && level == Level::Avx512Bf16;
+                        let x = x.iter().map(|&x| if rounded { f32::from_bits(to_pairs(&[x], 1)[0] << 16) } else { x });
+                        let terms = x.zip(w).map(|(x, &w)| x as f64 * w as f64);
                         let (want, size) = terms.fold((0.0, 0.0), |(sum, size), t| (sum + t, size + t.abs()));
                         assert!((y as f64 - want).abs() <= 1e-6 * size, "{rows} {outputs} {inputs} {level:?}");
                     }
@@ -309,12 +404,15 @@ mod tests {
     #[test]
     fn company_does_not_change_a_bit() {
         let (inputs, outputs) = (65, 70);
-        let (x, packed) = (random(1, 64 * inputs), Packed::float(&random(2, outputs * inputs), inputs));
-        for level in levels() {
-            let all = packed.multiply(&x, 1, level);
-            for rows in [1, 2, 3, 5, 8, 15, 33] {
-                let first = 64 - rows;
-                assert!(packed.multiply(&x[first * inputs..], 1, level) == all[first * outputs..]);
+        let (x, weight) = (random(1, 64 * inputs), random(2, outputs * inputs));
+        let bits: Vec<u16> = weight.iter().map(|w| (w.to_bits() >> 16) as u16).collect();
+        for packed in [Packed::float(&weight, inputs), Packed::half(&bits, inputs)] {
+            for level in levels() {
+                let all = packed.multiply(&x, 1, level);
+                for rows in [1, 2, 3, 5, 8, 15, 33] {
+                    let first = 64 - rows;
+                    assert!(packed.multiply(&x[first * inputs..], 1, level) == all[first * outputs..]);
+                }
             }
         }
     }

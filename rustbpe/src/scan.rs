@@ -32,7 +32,7 @@ macro_rules! dispatch {
         match $level {
             // SAFETY: the caller has seen to it that the machine is of this level.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { avx512($($arg),*) },
+            Level::Avx512 | Level::Avx512Bf16 => unsafe { avx512($($arg),*) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { avx2($($arg),*) },
