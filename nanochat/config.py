@@ -40,7 +40,7 @@ STAGE_KEYS = frozenset(
     identity warm_start
     absent_share retrieved_share variants follow_ups rename chat_share eval_questions
     mode out_tag max_searches cold_start algorithm updates_per_rollout reward search_cost curriculum advance_at
-    rl_lr_frac rl_grad_clip
+    rl_lr_frac rl_grad_clip unanswerable_share
     cache chunk_tokens continuation_steps encoder_layers encoder_lr_frac entropy_weight expand gold_share kd_weight
     largest_chunks policy_labels policy_lr policy_questions question_steps questions_per_step reconstruction_chunks
     reconstruction_steps reinforce_steps supervise_steps

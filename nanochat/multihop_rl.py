@@ -34,6 +34,7 @@ from nanochat.tools import Tool, search
 Row = Mapping[str, Any]
 FIGURES = ("searches", "hops", "abstained", "void")  # of Verdict.figures
 QUERY_TOKENS = 64  # of one query
+NO_ANSWER = 0  # stands for a number of hops: of questions without an answer
 COST_FROM = 0.7  # share of right answers from which on needless searches cost (after AutoSearch)
 
 
@@ -214,39 +215,47 @@ class Curriculum:
 
 
 class HopOrder:
-    """Rows without end: half of them of `focus` hops, the rest of every other number alike, so that none is forgotten.
+    """Rows without end: a share without an answer; of the others half of `focus` hops, the rest of every other number
+    alike, so that none is forgotten.
 
     Of one number of hops they come as Order gives them. position: for a checkpoint.
     """
 
     def __init__(
-        self, rows: Sequence[Row], seed: int, ranks: Ranks | None = None, position: Sequence[int] | None = None
-    ):
+        self, rows: Sequence[Row], seed: int, ranks: Ranks | None = None, position: Sequence[int] | None = None,
+        unanswerable: float = 0.1,
+    ):  # fmt: skip
         self.by_hops: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
-            self.by_hops.setdefault(n_hops(row), []).append(i)
+            self.by_hops.setdefault(n_hops(row) if row["answerable"] else NO_ANSWER, []).append(i)
         self.hops = sorted(self.by_hops)
         self.drawn, *positions = position or [0] * (1 + len(self.hops))
         self.orders = {
             h: Order(len(self.by_hops[h]), seed + h, ranks, at) for h, at in zip(self.hops, positions, strict=True)
         }
-        self.seed, self.focus = seed, self.hops[-1]
+        self.seed, self.focus, self.unanswerable = seed, self.hops[-1], unanswerable
 
     @property
     def position(self) -> list[int]:
         return [self.drawn, *(order.position for order in self.orders.values())]
 
     def shares(self) -> dict[int, float]:
-        """Of each number of hops."""
-        focus, others = min(self.focus, self.hops[-1]), len(self.hops) - 1
-        if focus not in self.hops or not others:
-            return dict.fromkeys(self.hops, 1 / len(self.hops))
-        return {h: 0.5 if h == focus else 0.5 / others for h in self.hops}
+        """Of each number of hops; 0: of questions without an answer."""
+        hops, none = [h for h in self.hops if h != NO_ANSWER], {}
+        if not hops:
+            return {NO_ANSWER: 1.0}
+        if NO_ANSWER in self.hops:
+            none = {NO_ANSWER: self.unanswerable}
+        rest, focus, others = 1 - sum(none.values()), min(self.focus, hops[-1]), len(hops) - 1
+        if focus not in hops or not others:
+            return none | dict.fromkeys(hops, rest / len(hops))
+        return none | {h: rest * (0.5 if h == focus else 0.5 / others) for h in hops}
 
     def __next__(self) -> int:
         rng = np.random.default_rng([self.seed, self.drawn])
         self.drawn += 1
-        hops = int(rng.choice(self.hops, p=list(self.shares().values())))
+        shares = self.shares()
+        hops = int(rng.choice(list(shares), p=list(shares.values())))
         return self.by_hops[hops][next(self.orders[hops])]
 
 

@@ -91,6 +91,7 @@ class MultihopConfig(FinetuneConfig, RLKeys):
     reward: Annotated[Literal["em", "f1", "ternary"], "nanochat/multihop_rl.py says what each is worth"] = "em"
     search_cost: Annotated[float, "of each search beyond the steps needed, once 70 % of answers are right"] = 0.0
     curriculum: Annotated[list | None, "levels HOPS:DOCUMENTS:CORPUS, as 2:1:0.1,3:2; none = by hops alone"] = None
+    unanswerable_share: Annotated[float, "of its questions, where there are some without an answer"] = 0.1
     advance_at: Annotated[float, "share of right answers from which on the next level begins"] = 0.8
     rl_lr_frac: Annotated[float, "all rates start at this share of the checkpoint's and fall to 0"] = 0.1
     rl_grad_clip: Annotated[float, "largest gradient norm; 0 = no clipping"] = 1.0
@@ -114,8 +115,9 @@ class MultihopConfig(FinetuneConfig, RLKeys):
             or self.max_searches < 0
         ):
             raise ValueError("max_hops, top_k_per_hop, eval_examples, updates_per_rollout: give 1 or more of each")
-        if not 0 <= self.chat_share < 1:
-            raise ValueError(f"chat_share={self.chat_share}: expected 0 or more and less than 1")
+        for key in ("chat_share", "unanswerable_share"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"{key}={getattr(self, key)}: expected 0 or more and less than 1")
         if self.updates_per_rollout > 1 and self.algorithm != "dapo":
             raise ValueError(f"updates_per_rollout={self.updates_per_rollout} needs ratios: add --algorithm=dapo")
         if self.save_every > 0 and self.save_every % self.updates_per_rollout:
@@ -247,7 +249,7 @@ class Learner:
         """The actor of the level that begins."""
         level = self.curriculum.level
         self.order.focus = level.hops
-        run.print(f"curriculum: {describe(level)}; shares of hops {self.order.shares()}")
+        run.print(f"curriculum: {describe(level)}; shares of hops (0: no answer) {self.order.shares()}")
         return self.actor(level=level)
 
     def moved(self, correct: float, progress: float) -> bool:
@@ -320,7 +322,7 @@ def begin(cfg: MultihopConfig, data: Data, loop: Loop, tokenizer: Tokenizer) -> 
     reference = copy.deepcopy(loop.model).eval() if cfg.kl_coef else None
     stage = Stage(cfg, loop, loop.begin(cfg.resume), lambda: model_before(loop).state_dict(), reference)
     saved = stage.progress.position or {}
-    order = HopOrder(data.train, cfg.seed, loop.run.ranks, saved.get("order"))
+    order = HopOrder(data.train, cfg.seed, loop.run.ranks, saved.get("order"), cfg.unanswerable_share)
     curriculum = Curriculum(parse_levels(cfg.curriculum, cfg.max_hops, cfg.top_k_per_hop), cfg.advance_at)
     if saved:
         curriculum.state = saved["curriculum"]

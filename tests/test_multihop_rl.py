@@ -412,7 +412,7 @@ def test_a_level_ends_when_it_is_mastered_or_its_time_is_over() -> None:
 
 
 def test_every_number_of_hops_stays_in_the_mix_and_a_position_continues_it() -> None:
-    rows = [{"hops": [{}] * (1 + i % 3)} for i in range(30)]
+    rows = [{"hops": [{}] * (1 + i % 3), "answerable": True} for i in range(30)]
     order = HopOrder(rows, seed=1)
     order.focus = 2
     drawn = [1 + next(order) % 3 for _ in range(400)]
@@ -421,6 +421,10 @@ def test_every_number_of_hops_stays_in_the_mix_and_a_position_continues_it() -> 
     again = HopOrder(rows, seed=1, position=json.loads(json.dumps(order.position)))
     again.focus = 2
     assert [next(order) for _ in range(20)] == [next(again) for _ in range(20)]
+    none = [{"hops": [{}], "answerable": False}] * 5
+    mixed = HopOrder([*rows, *none], seed=1, unanswerable=0.2)
+    assert sum(next(mixed) >= len(rows) for _ in range(400)) == pytest.approx(80, abs=24)
+    assert mixed.shares() == pytest.approx({0: 0.2, 1: 0.2, 2: 0.2, 3: 0.4}) and HopOrder(none, 1).shares() == {0: 1.0}
     only = HopOrder(rows[::3], seed=1)
     assert {next(only) for _ in range(20)} == {next(o) for o in [Order(10, 0)] for _ in range(20)}
 
