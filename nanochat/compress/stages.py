@@ -23,7 +23,7 @@ from nanochat.compress.reader import Reader, at_targets
 from nanochat.gpt import GPT
 
 # Shares of chunks that stay tokens while training: one checkpoint for every budget; 1 keeps it a plain RAG model
-SHARES = (0.0, 0.1, 0.25, 0.5, 1.0)
+SHARES = (0.1, 0.25, 0.5, 1.0, 1.0)  # more often all, else reading all is unlearnt (LOG 2026-11-22)
 UTILITY_TEMPERATURE = 0.2  # nats per token; utilities differ by some tenths to some nats
 
 
