@@ -240,7 +240,7 @@ def test_documents_that_do_not_fit_are_told(home, notes, capsys):
         engine_of(home), ChatConfig(source="sft", knowledge_base=str(notes), max_tokens=8, max_doc_length=20)
     )
     "".join(talk.say("river sea"))
-    assert "of 5 documents found, 3 fit the context of 64 tokens" in capsys.readouterr().err
+    assert "of 5 documents found, 2 fit the context of 64 tokens" in capsys.readouterr().err
     with pytest.raises(UserError, match="the question needs"):
         "".join(talk.say("river " * 60))
 
