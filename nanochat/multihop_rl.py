@@ -241,15 +241,14 @@ class HopOrder:
 
     def shares(self) -> dict[int, float]:
         """Of each number of hops; 0: of questions without an answer."""
-        hops, none = [h for h in self.hops if h != NO_ANSWER], {}
+        hops = [h for h in self.hops if h != NO_ANSWER]
         if not hops:
             return {NO_ANSWER: 1.0}
-        if NO_ANSWER in self.hops:
-            none = {NO_ANSWER: self.unanswerable}
-        rest, focus, others = 1 - sum(none.values()), min(self.focus, hops[-1]), len(hops) - 1
+        shares = {NO_ANSWER: self.unanswerable} if NO_ANSWER in self.hops else {}
+        rest, focus, others = 1 - sum(shares.values()), min(self.focus, hops[-1]), len(hops) - 1
         if focus not in hops or not others:
-            return none | dict.fromkeys(hops, rest / len(hops))
-        return none | {h: rest * (0.5 if h == focus else 0.5 / others) for h in hops}
+            return shares | dict.fromkeys(hops, rest / len(hops))
+        return shares | {h: rest * (0.5 if h == focus else 0.5 / others) for h in hops}
 
     def __next__(self) -> int:
         rng = np.random.default_rng([self.seed, self.drawn])

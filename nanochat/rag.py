@@ -135,6 +135,11 @@ def fit(
     return list(hits[: n_fitting(tokenizer, question, shortened(tokenizer, hits, max_doc_length), budget)])
 
 
+def n_around(tokenizer: Any, question: str) -> int:
+    """The ids that documents add to a question beside their own: two around them, and it is asked again."""
+    return 2 + len(tokenizer.encode_ordinary(question))
+
+
 def n_fitting(tokenizer: Any, question: str, documents: Sequence[dict[str, str]], budget: int, system: str = "") -> int:
     """How many of the documents, counted from the first, fit a prompt of `budget` ids with question and system text."""
     told = f"{system}\n\n{question}" if system else question
@@ -143,7 +148,7 @@ def n_fitting(tokenizer: Any, question: str, documents: Sequence[dict[str, str]]
         raise UserError(
             f"the question needs {used} ids and there is room for {budget}: shorten it, or lower max_new_tokens"
         )
-    used += 2 + len(tokenizer.encode_ordinary(question))  # the ids around the documents, and it is asked again
+    used += n_around(tokenizer, question)
     for n, document in enumerate(documents):
         used += len(render_documents(tokenizer, [document], n + 1))
         if used > budget:

@@ -180,9 +180,10 @@ class ColdStart(Task):
     def example(self, i: int) -> dict[str, Any]:
         group = self.groups[i % len(self.groups)]
         conversation = group[i // len(self.groups) % len(group)]
-        names = self.names.draw(Dice("cold start", i))
-        renamed = relabel(conversation, names) if names else conversation
-        return renamed if self._fits(renamed) else conversation
+        if names := self.names.draw(Dice("cold start", i)):
+            renamed = relabel(conversation, names)
+            return renamed if self._fits(renamed) else conversation
+        return conversation
 
     def _fits(self, conversation: dict[str, Any]) -> bool:
         return self.max_tokens is None or len(self.tokenizer.render_conversation(conversation)[0]) <= self.max_tokens

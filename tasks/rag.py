@@ -36,7 +36,7 @@ from typing import Any
 from nanochat.common import read_json
 from nanochat.config import UserError
 from nanochat.conversation import render_documents
-from nanochat.rag import MAX_DOC_LENGTH, answer_parts, question_conversation, shorten
+from nanochat.rag import MAX_DOC_LENGTH, answer_parts, n_around, question_conversation, shorten
 from nanochat.retrieval.chunking import chunk_spans
 from nanochat.retrieval.metrics import exact_match
 from nanochat.world_names import Dice
@@ -357,10 +357,10 @@ class RAG(Task):
         if self.follow_ups:
             messages += self._further(dice, row, messages, [p for p in documents if p.id not in own], documents)
         answers = row["answers"]
-        names = self.names.draw(dice)
-        renamed = relabel(messages, names) if names else messages
-        if self.follow_ups or self._fits(renamed):  # of follow-ups the last one may be cut
-            messages, answers = renamed, relabel(answers, names)
+        if names := self.names.draw(dice):
+            renamed = relabel(messages, names)
+            if self.follow_ups or self._fits(renamed):  # of follow-ups the last one may be cut
+                messages, answers = renamed, relabel(answers, names)
         return {
             "messages": messages,
             "answers": answers,
@@ -413,8 +413,8 @@ class RAG(Task):
             return documents
         content = answer_parts(said, [99] * len(evidence), abstain=not evidence)
         bare = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": content}]}
-        used = len(self.tokenizer.render_conversation(bare)[0]) + sum(self._shortened(p)[1] for p in documents)
-        used += 2 + len(self.tokenizer.encode_ordinary(question))  # the ids around the documents, and it is asked again
+        used = len(self.tokenizer.render_conversation(bare)[0]) + n_around(self.tokenizer, question)
+        used += sum(self._shortened(p)[1] for p in documents)
         kept = list(documents)
         for passage in reversed(documents):
             if used > self.max_tokens and passage not in evidence:

@@ -99,6 +99,7 @@ fn pack<W: Weights>(weight: &[W::Number], inputs: usize) -> Vec<W> {
 }
 
 /// Rows of K numbers -> rows of pairs of bfloat16, rounded to the nearest, ties to even.
+#[cfg(any(test, target_arch = "x86_64"))]
 fn to_pairs(x: &[f32], inputs: usize) -> Vec<u32> {
     let round = |x: f32| {
         let bits = x.to_bits();
@@ -149,17 +150,7 @@ impl Packed {
             #[cfg(target_arch = "x86_64")]
             Panels::Half(panels) if level == Level::Avx512Bf16 => {
                 let x = to_pairs(x, self.inputs);
-                self.run(panels, rows, threads, |panel, to| {
-                    // SAFETY: the machine is of this level.
-                    tiles(rows, 8, |first, n| unsafe {
-                        match n {
-                            8 => tile_pairs::<8>(panel, &x, first, to),
-                            4 => tile_pairs::<4>(panel, &x, first, to),
-                            2 => tile_pairs::<2>(panel, &x, first, to),
-                            _ => tile_pairs::<1>(panel, &x, first, to),
-                        }
-                    })
-                })
+                self.run(panels, rows, threads, |panel, to| multiply_pairs(panel, &x, to))
             }
             Panels::Half(panels) => {
                 let even = self.inputs.is_multiple_of(2);
@@ -236,6 +227,20 @@ fn multiply_panel<W: Weights>(panel: &[W], x: &[f32], to: &Part, level: Level) {
         }),
         _ => tiles(rows, 1, |first, _| tile::<BASELINE_FMA, 1, W>(panel, x, first, to)),
     }
+}
+
+/// As multiply_panel, where the machine multiplies pairs.
+#[cfg(target_arch = "x86_64")]
+fn multiply_pairs(panel: &[Pairs], x: &[u32], to: &Part) {
+    // SAFETY: `multiply` has seen to it that the machine is of this level.
+    tiles(x.len() / panel.len(), 8, |first, n| unsafe {
+        match n {
+            8 => tile_pairs::<8>(panel, x, first, to),
+            4 => tile_pairs::<4>(panel, x, first, to),
+            2 => tile_pairs::<2>(panel, x, first, to),
+            _ => tile_pairs::<1>(panel, x, first, to),
+        }
+    })
 }
 
 /// Cut rows into tiles of `most` and then of smaller powers of two: work(first row, rows).
