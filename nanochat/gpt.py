@@ -13,8 +13,8 @@ from torch import Tensor
 
 from nanochat.blocks import Block, BlockState, Context, GPTConfig, build, resolve_pattern
 from nanochat.config import UserError
-from nanochat.kernels import Kernels, choose
-from nanochat.layers import FEW_ROWS, Embedding, Head, Linear, Rotary, init_normal, norm, set_compute_dtype
+from nanochat.kernels import FEW_ROWS, Kernels, choose
+from nanochat.layers import Embedding, Head, Linear, Rotary, init_normal, set_compute_dtype
 from nanochat.ops import cap_logits, linear_cross_entropy, linear_cross_entropy_rows
 
 ROLES = ("matrix", "embedding", "unembedding", "scalar", "ssm")  # matrix goes to Muon, the others to AdamW
@@ -156,7 +156,7 @@ class GPT(nn.Module):
         if doc is not None and state is not None:
             raise ValueError("doc marks packed rows of training; with a state every row is one document")
         ctx = self.context(ids, doc, state, lengths)
-        x = norm(self.embed(ids).to(self.residual_dtype))
+        x = self.kernels.norm(self.embed(ids).to(self.residual_dtype), self.residual_dtype)
         if inject is not None:
             x = x.index_put((inject[0],), inject[1].to(x.dtype))
         x0 = x
@@ -166,7 +166,7 @@ class GPT(nn.Module):
             x = block(x, ctx, None if state is None else state.layers[i])
         if state is not None:
             state.pos = state.pos + (ids.size(1) if lengths is None else lengths.cpu())
-        return norm(x, ctx.dtype)
+        return self.kernels.norm(x, ctx.dtype)
 
     @property
     def residual_dtype(self) -> torch.dtype:

@@ -7,10 +7,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.kernels import Multiply, Pack
+from nanochat.kernels import FEW_ROWS, Multiply, Pack
 from nanochat.ops import relu_squared, rms_norm
-
-FEW_ROWS = 64  # above, multiplying takes longer than reading the weights, and torch reads them no slower
 
 
 class Linear(nn.Linear):

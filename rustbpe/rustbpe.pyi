@@ -186,6 +186,13 @@ class PackedLinear:
     def __call__(self, x: Floats, *, threads: int = 1, simd: Simd | None = None) -> Floats:
         """x (M, K), C-contiguous -> x W^T, (M, N). ValueError as for the scan."""
 
+def rms_norm(x: Floats, cos: Floats | None = None, sin: Floats | None = None, *, simd: Simd | None = None) -> Floats:
+    """x (tokens, heads, K), C-contiguous -> each vector over its root mean square, then turned by its token's row.
+
+    cos, sin: (rows, K / 2), token t takes row t % rows; halves layout. A vector's bits depend on no other vector.
+    ValueError as for the scan.
+    """
+
 def attend_one(
     q: Floats,
     k: Floats,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanochat import ops
 from nanochat.blocks.attn import AttentionState
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig, ModelState
@@ -60,6 +61,28 @@ def test_the_attention_of_one_query_equals_float64(H: int, G: int, K: int, simd:
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     k, v = k[2:, :, :40].contiguous(), v[2:, :, :40].contiguous()
     assert torch.equal(decode.attend(q[2:], k, v, lengths[2:], simd), y[2:])
+
+
+@pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("rows", [0, 5, 15])
+@pytest.mark.parametrize(("H", "K"), [(1, 2), (3, 20), (8, 64)])
+def test_the_norm_of_few_rows_equals_the_reference(H: int, K: int, rows: int, simd: str) -> None:
+    x, angles = randn(3, 5, H, K) * 7, randn(rows, K // 2, seed=1)
+    tables = [f(angles).view(rows // 5, 5, 1, K // 2) for f in (torch.cos, torch.sin)] if rows else []
+    y = decode.rms_norm(x, *tables, simd=simd)
+    with torch.no_grad():
+        torch.testing.assert_close(y, ops.rms_norm(x, torch.float32, *tables), rtol=1e-5, atol=1e-6)
+    assert torch.equal(decode.rms_norm(x[2:], *(t[-1:] for t in tables), simd=simd), y[2:])
+    turned = x.transpose(0, 1).contiguous().transpose(0, 1)  # of another layout
+    assert torch.equal(decode.rms_norm(turned, *tables, simd=simd), y)
+
+
+def test_a_norm_takes_tables_that_fit() -> None:
+    x, table = np.ones((4, 2, 6), np.float32), np.ones((3, 3), np.float32)
+    with pytest.raises(ValueError, match=r"cos has shape \(3, 3\): expected \(a divisor of 4, 3\)"):
+        rustbpe.rms_norm(x, table, table)
+    with pytest.raises(ValueError, match=r"sin: expected .* of shape \[2, 3\]"):
+        rustbpe.rms_norm(x, table[:2], table)
 
 
 def test_a_bad_array_is_named() -> None:

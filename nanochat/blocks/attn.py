@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig
 from nanochat.blocks.pattern import entry_names
 from nanochat.layers import Embedding, Linear, init_uniform, linear_together
-from nanochat.ops import attention_mask, rms_norm, shared_prefix_attention
+from nanochat.ops import attention_mask, shared_prefix_attention
 
 GATE_CHANNELS = 32  # channels of x that set the gate of the value embedding
 
@@ -163,7 +163,7 @@ class Attention(nn.Module):
         if self.value_embed is not None and self.value_gate is not None:
             gate = 2 * torch.sigmoid(self.value_gate(x[..., : self.value_gate.in_features]))  # (B, T, G)
             v = v + gate[..., None] * self.value_embed(ctx.ids).view(B, T, G, K).to(v.dtype)
-        qk = rms_norm(qk, qk.dtype, ctx.cos, ctx.sin).transpose(1, 2)  # (B, H + G, T, K)
+        qk = ctx.kernels.norm(qk, qk.dtype, ctx.cos, ctx.sin).transpose(1, 2)  # (B, H + G, T, K)
         q, k, v = qk[:, :H], qk[:, H:], v.transpose(1, 2)
         return self.c_proj(self.attend(q, k, v, ctx, state).transpose(1, 2).reshape(B, T, H * K))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nanochat.config import UserError
 from nanochat.kernels import Kernels
-from nanochat.layers import MLP, Linear, norm
+from nanochat.layers import MLP, Linear
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
-        x = x + self.mix(norm(x, ctx.dtype), ctx, state)
-        return x if self.mlp is None else x + self.mlp(norm(x, ctx.dtype))
+        x = x + self.mix(ctx.kernels.norm(x, ctx.dtype), ctx, state)
+        return x if self.mlp is None else x + self.mlp(ctx.kernels.norm(x, ctx.dtype))
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Set every parameter, also after to_empty(). This one sets the MLP's: call it, then set your own."""

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig
 from nanochat.config import UserError
-from nanochat.layers import norm
 
 
 class MLPBlock(Block):
@@ -17,4 +16,4 @@ class MLPBlock(Block):
 
     def forward(self, x: Tensor, ctx: Context, state: BlockState | None = None) -> Tensor:
         assert self.mlp is not None
-        return x + self.mlp(norm(x, ctx.dtype))
+        return x + self.mlp(ctx.kernels.norm(x, ctx.dtype))

@@ -37,6 +37,7 @@ from nanochat.kernels import decode, native, optional, triton_scan, triton_ssd
 CHOICES = ("auto", "fast", "reference")
 BLOCK_ATTENTION_MAX_T = 4096  # above, the stored probabilities of block_attention outgrow its gain
 HALF = (torch.bfloat16, torch.float16)
+FEW_ROWS = 64  # above, multiplying takes longer than reading the weights, and torch reads them no slower
 
 Multiply = Callable[[Tensor], Tensor]  # x (..., K) -> x W^T (..., N) float32
 Pack = Callable[[Tensor], Multiply]  # of a weight W (N, K)
@@ -53,6 +54,7 @@ class Implementation:
     serves: Callable[..., bool]
     step: Callable[..., Tensor] | None = None  # one token of the same recurrence, where it has that
     pack: Pack | None = None  # of decode: lays a weight out
+    norm: Callable[..., Tensor] | None = None  # of decode: of few rows
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,14 @@ class Kernels:
     def pack(self) -> Pack | None:
         """What lays a weight out for the products of a few rows, or None."""
         return next((one.pack for one in self.chosen.get("decode", ())), None)
+
+    def norm(self, x: Tensor, dtype: torch.dtype, cos: Tensor | None = None, sin: Tensor | None = None) -> Tensor:
+        """`ops.rms_norm` of (B, T, D) or (B, T, H, K)."""
+        if x.dtype == dtype == torch.float32 and x.size(0) * x.size(1) <= FEW_ROWS and not torch.is_grad_enabled():
+            for one in self.chosen.get("decode", ()):
+                if one.norm is not None:
+                    return one.norm(x, cos, sin)
+        return ops.rms_norm(x, dtype, cos, sin)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor | None:
         """The attention of one query a row to a ring buffer, see decode.attend; None = the caller is to compute it."""
@@ -217,6 +227,7 @@ CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
                 decode.attend,
                 lambda q, k, v, lengths: k.dtype == torch.float32 and not torch.is_grad_enabled(),
                 pack=decode.pack,
+                norm=decode.rms_norm,
             )
         ],
         "scan": [

@@ -1,7 +1,8 @@
-"""Decoding a few rows on a CPU, compiled: rustbpe/src/linear.rs and rustbpe/src/attend.rs.
+"""Decoding a few rows on a CPU, compiled: rustbpe/src/linear.rs, rustbpe/src/attend.rs and rustbpe/src/norm.rs.
 
-`pack` lays a weight out once for products of few rows, `attend` is the attention of one query a row. Both add up in
-float32, and what they give for a row does not depend on the rows beside it, to the last bit.
+`pack` lays a weight out once for products of few rows, `attend` is the attention of one query a row, `rms_norm` spares
+the norms their many small operations. All add up in float32, and what they give for a row does not depend on the rows
+beside it, to the last bit.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nanochat.kernels import native
 
-NEEDED = ("PackedLinear", "attend_one")
+NEEDED = ("PackedLinear", "attend_one", "rms_norm")
 
 
 def available(device: torch.device) -> str | None:
@@ -48,3 +49,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, simd: str | None = 
     how many of the places hold a key -> (B, H, 1, K) float32."""
     arrays = (t.detach().numpy() for t in (q[:, :, 0].to(torch.float32).contiguous(), k, v, lengths))
     return torch.from_numpy(native.module().attend_one(*arrays, threads=torch.get_num_threads(), simd=simd))[:, :, None]
+
+
+def rms_norm(x: Tensor, cos: Tensor | None = None, sin: Tensor | None = None, simd: str | None = None) -> Tensor:
+    """ops.rms_norm of float32: x (..., D) -> the same shape; with tables (1 or B, T, 1, K/2) x is (B, T, H, K)."""
+    y = x.detach().contiguous().view(-1, x.size(-2), x.size(-1))
+    tables = () if cos is None or sin is None else (t.reshape(-1, t.size(-1)).numpy() for t in (cos, sin))
+    return torch.from_numpy(native.module().rms_norm(y.numpy(), *tables, simd=simd)).view(x.shape)

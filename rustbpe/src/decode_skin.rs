@@ -1,10 +1,11 @@
-//! The Python skin of [`crate::linear`] and [`crate::attend`].
+//! The Python skin of [`crate::linear`], [`crate::attend`] and [`crate::norm`].
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
 use crate::attend::{self, Attend};
 use crate::linear::Packed;
+use crate::norm::{self, Turn};
 use crate::scan_skin::{Any, level, read, shaped, sizes};
 
 /// A weight (N, K), packed.
@@ -85,4 +86,32 @@ pub fn attend_one<'py>(
     }
     let y = py.detach(|| attend::attend(&a, threads, level));
     shaped(py, y, [rows, heads, size])
+}
+
+#[pyfunction]
+#[pyo3(signature = (x, cos = None, sin = None, *, simd = None))]
+pub fn rms_norm<'py>(
+    py: Python<'py>,
+    x: &Any<'py>,
+    cos: Option<&Any<'py>>,
+    sin: Option<&Any<'py>>,
+    simd: Option<&str>,
+) -> PyResult<Option<Any<'py>>> {
+    let level = level(simd)?;
+    let shape @ [tokens, heads, size] = sizes("x", x)?;
+    let x = read::<f32>("x", x, &shape)?;
+    let x = x.as_slice().expect("checked");
+    let (Some(cos), Some(sin)) = (cos, sin) else {
+        return shaped(py, norm::rms_norm(x, size, None, level), shape);
+    };
+    let [rows, half] = sizes("cos", cos)?;
+    if 2 * half != size || tokens % rows != 0 {
+        return Err(PyValueError::new_err(format!(
+            "cos has shape ({rows}, {half}): expected (a divisor of {tokens}, {})",
+            size / 2
+        )));
+    }
+    let (cos, sin) = (read("cos", cos, &[rows, half])?, read("sin", sin, &[rows, half])?);
+    let (cos, sin) = (cos.as_slice().expect("checked"), sin.as_slice().expect("checked"));
+    shaped(py, norm::rms_norm(x, size, Some(Turn { heads, cos, sin }), level), shape)
 }

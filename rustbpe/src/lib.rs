@@ -18,6 +18,8 @@ pub mod lanes;
 #[allow(unsafe_code)] // as above
 pub mod linear;
 #[allow(unsafe_code)] // as above
+pub mod norm;
+#[allow(unsafe_code)] // as above
 pub mod scan;
 #[cfg(feature = "python")]
 mod scan_skin;
@@ -62,7 +64,7 @@ mod python {
     use crate::bm25_skin::{Bm25, bm25_build, terms};
 
     #[pymodule_export]
-    use crate::decode_skin::{PackedLinear, attend_one};
+    use crate::decode_skin::{PackedLinear, attend_one, rms_norm};
 
     #[pymodule_export]
     use crate::scan_skin::{selective_scan_backward, selective_scan_forward, selective_state_update, simd_level};
