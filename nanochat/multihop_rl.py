@@ -120,8 +120,11 @@ def make_judge(
 
 def make_actor(model: Any, tokenizer: Any, tool: Tool, rows: Sequence[Row], judge: Judge, sampling: Sampling) -> Actor:
     """The model answering these rows with the search tool and no other."""
-    prompts = [tokenizer.render_for_completion(question_conversation(row["question"], [])) for row in rows]
-    return Actor(Engine(model, tokenizer, [tool]), prompts.__getitem__, judge, sampling)
+
+    def prompt(i: int) -> list[int]:
+        return tokenizer.render_for_completion(question_conversation(rows[i]["question"], []))
+
+    return Actor(Engine(model, tokenizer, [tool]), prompt, judge, sampling)
 
 
 # ---- what is searched ----

@@ -51,9 +51,11 @@ from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import Tool
 from nanochat.train import Loop, compile_model, make_optimizer, memory_advice
+from nanochat.world_names import Dice
 from tasks.mixtures import DEFAULT, MIXTURES, with_chat
-from tasks.multihop import ColdStart, Row, usable
+from tasks.multihop import ColdStart, Elsewhere, Row, usable
 from tasks.rag import dataset_folder, exchangeable, load_rows
+from tasks.world_controls import Names
 
 TRACES = 4  # in the report
 
@@ -151,13 +153,14 @@ class Data:
     val: list[Row]
     invented: list[str]
 
-    def tool(self, cfg: MultihopConfig, tokenizer: Tokenizer, level: Level | None = None) -> Tool:
-        """The search tool, at the end of the curriculum or at a level of it."""
+    def tool(self, cfg: MultihopConfig, tokenizer: Tokenizer, level: Level | None = None, kb: Any = None) -> Tool:
+        """The search tool, at the end of the curriculum or at a level of it. kb: another's names for this one's."""
         level = level or Level(cfg.max_hops, cfg.top_k_per_hop)
         always = gold_ids(self.train) if level.corpus < 1 else ()
         return make_tool(
-            tokenizer, self.kb, level.top_k, cfg.max_doc_length, cfg.searches, cfg.retriever_type, level.corpus, always
-        )
+            tokenizer, kb or self.kb, level.top_k, cfg.max_doc_length, cfg.searches, cfg.retriever_type, level.corpus,
+            always,
+        )  # fmt: skip
 
 
 def open_data(cfg: MultihopConfig) -> Data:
@@ -238,19 +241,26 @@ class Learner:
     curriculum: Curriculum
     cost: Cost
 
-    def actor(self, rows: Sequence[Row] | None = None, level: Level | None = None) -> Actor:
-        """At the level for training; for other rows as hard as it gets."""
-        cfg, tool = self.cfg, self.data.tool(self.cfg, self.tokenizer, level)
-        rows = self.data.train if rows is None else rows
-        judge = make_judge(rows, self.tokenizer, tool, cfg.reward, cfg.truncated, self.cost if level else None)
-        return make_actor(self.model, self.tokenizer, tool, rows, judge, cfg.sampling())
+    names: Names  # the ways to exchange those of the training questions
 
-    def begin_level(self, run: Run) -> Actor:
-        """The actor of the level that begins."""
-        level = self.curriculum.level
-        self.order.focus = level.hops
-        run.print(f"curriculum: {describe(level)}; shares of hops (0: no answer) {self.order.shares()}")
-        return self.actor(level=level)
+    def examiner(self, rows: Sequence[Row]) -> Actor:
+        """Answers these rows, as hard as it gets."""
+        return self._actor(rows, self.data.tool(self.cfg, self.tokenizer))
+
+    def actor(self, seed: int) -> Actor:
+        """Answers the training questions, at the level of the curriculum, in other names for each seed."""
+        elsewhere = Elsewhere(self.data.train, self.data.kb, self.names.draw(Dice("reinforcement", seed)))
+        return self._actor(
+            elsewhere, self.data.tool(self.cfg, self.tokenizer, self.curriculum.level, elsewhere), self.cost
+        )
+
+    def _actor(self, rows: Sequence[Row], tool: Tool, cost: Cost | None = None) -> Actor:
+        judge = make_judge(rows, self.tokenizer, tool, self.cfg.reward, self.cfg.truncated, cost)
+        return make_actor(self.model, self.tokenizer, tool, rows, judge, self.cfg.sampling())
+
+    def begin_level(self, run: Run) -> None:
+        self.order.focus = self.curriculum.level.hops
+        run.print(f"curriculum: {describe(self.curriculum.level)}; shares of hops (0: no answer) {self.order.shares()}")
 
     def moved(self, correct: float, progress: float) -> bool:
         """After a step -> whether another level begins."""
@@ -273,7 +283,8 @@ def reinforce(cfg: MultihopConfig, data: Data, source: str, tag: str) -> None:
     )
     learner, stage = begin(cfg, data, loop, tokenizer)
     held_out, n = data.val[: cfg.eval_examples], cfg.examples_per_rank(run.ranks.world_size)
-    examiner, actor = learner.actor(held_out), learner.begin_level(run)
+    examiner = learner.examiner(held_out)
+    learner.begin_level(run)
     sampled, batch = [], Batch.of([])
     with memory_advice(size, loop.model.config.seq_len):
         for step in loop:
@@ -287,7 +298,7 @@ def reinforce(cfg: MultihopConfig, data: Data, source: str, tag: str) -> None:
             for _ in loop.forwards():
                 if not len(batch) or step.number % cfg.updates_per_rollout == 0:
                     seed = mix_seed(cfg.seed, step.number, run.ranks.rank)
-                    kept, sampled = collect(actor, learner.order, n, seed, cfg.resample)
+                    kept, sampled = collect(learner.actor(seed), learner.order, n, seed, cfg.resample)
                     batch = Batch.of(kept, run.device, cfg.algorithm)
                     if cfg.updates_per_rollout > 1:
                         batch = remember(loop.model, batch, size)
@@ -295,7 +306,7 @@ def reinforce(cfg: MultihopConfig, data: Data, source: str, tag: str) -> None:
                 stage.backward(batch, size, health)
             figures = stage.update(health)
             if learner.moved(figures["correct"], loop.step / loop.num_iterations):
-                actor = learner.begin_level(run)
+                learner.begin_level(run)
     if run.ranks.main:
         report(stage, learner, held_out)
     run.close()
@@ -327,7 +338,7 @@ def begin(cfg: MultihopConfig, data: Data, loop: Loop, tokenizer: Tokenizer) -> 
     if saved:
         curriculum.state = saved["curriculum"]
     cost = Cost(cfg.search_cost, curriculum.right > COST_FROM)
-    return Learner(cfg, data, loop.model, tokenizer, order, curriculum, cost), stage
+    return Learner(cfg, data, loop.model, tokenizer, order, curriculum, cost, Names(data.invented)), stage
 
 
 def model_before(loop: Loop) -> GPT:

@@ -15,18 +15,19 @@ Small models do not find this by reward alone: Qwen2.5-0.5B went from an EM of 0
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat.config import UserError
 from nanochat.conversation import shown_text
 from nanochat.multihop_rl import n_hops
 from nanochat.rag import answer_parts, question_conversation
+from nanochat.retrieval.document import Hit
 from nanochat.retrieval.metrics import cover_match
 from nanochat.tools import NO_MORE_SEARCHES, NOTHING_FOUND, Tool
 from nanochat.world_names import Dice
 from tasks.common import Kind, Task
-from tasks.world_controls import Names, relabel
+from tasks.world_controls import Names, Shifted, relabel
 from tasks.world_wording import WORDINGS
 
 Row = dict[str, Any]
@@ -191,6 +192,32 @@ class ColdStart(Task):
     def __str__(self) -> str:
         hops = ", ".join(f"{len(group)} of {h} hops" for h, group in sorted(self.by_hops.items()))
         return f"{hops}; " + ", ".join(f"{n} {what}" for what, n in sorted(self.counts.items()))
+
+
+class Elsewhere(Sequence[Row]):
+    """The questions and the knowledge base of a world whose names are exchanged, for a policy that searches there.
+
+    A world's own names may be tokens of their own, from the tokenizer's text, and tokens that occur only in them are
+    hardly learnt; names of other worlds are put together from pieces, and so are most exchanged ones.
+    """
+
+    def __init__(self, rows: Sequence[Row], kb: Any, names: Shifted) -> None:
+        self._rows, self.kb, self.names = rows, kb, names
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, i: Any) -> Any:
+        return relabel(self._rows[i], self.names)
+
+    def search(self, queries: Sequence[str], **how: Any) -> list[list[Hit]]:
+        """What KnowledgeBase.search finds for queries with the names exchanged back, in the exchanged names."""
+        found = self.kb.search([relabel(query, self.names.back) for query in queries], **how)
+        return [[self._renamed(hit) for hit in hits] for hits in found]
+
+    def _renamed(self, hit: Hit) -> Hit:
+        chunk = replace(hit.chunk, text=relabel(hit.chunk.text, self.names))
+        return replace(hit, document=relabel(hit.document, self.names), chunk=chunk)
 
 
 def _said(row: Row) -> str:

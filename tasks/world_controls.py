@@ -66,6 +66,11 @@ class Shifted(Mapping[str, str]):
     def __len__(self) -> int:
         return len(self.order)
 
+    @property
+    def back(self) -> "Shifted":
+        """What undoes it."""
+        return Shifted(self.order, self.place, -self.shift)
+
 
 class Names:
     """The ways to exchange these words for each other."""
@@ -74,9 +79,9 @@ class Names:
         self.order = Dice("invented", seed).shuffled(words)
         self.place = {word: i for i, word in enumerate(self.order)}
 
-    def draw(self, dice: Dice) -> Mapping[str, str]:
-        """One of them."""
-        return Shifted(self.order, self.place, dice.below(len(self.order))) if self.order else {}
+    def draw(self, dice: Dice) -> Shifted:
+        """One of them; empty where there are no words."""
+        return Shifted(self.order, self.place, dice.below(len(self.order) or 1))
 
 
 def relabel(thing: T, names: Mapping[str, str]) -> T:

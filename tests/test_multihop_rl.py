@@ -38,12 +38,15 @@ from nanochat.shards import write_shard
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import NO_MORE_SEARCHES, NOTHING_FOUND
 from nanochat.world import World
+from nanochat.world_names import Dice
 from scripts import base_train, rag_eval, refrag_finetune
 from scripts.refrag_finetune import MultihopConfig
 from tasks.common import exchange
 from tasks.mixtures import with_chat
-from tasks.multihop import ColdStart, reworded, usable
+from tasks.multihop import ColdStart, Elsewhere, reworded, usable
+from tasks.rag import exchangeable
 from tasks.world import invented_words, world_documents, world_rows
+from tasks.world_controls import Names, relabel
 
 KINDS = ("1hop", "2hop", "3hop", "missing")
 
@@ -439,6 +442,30 @@ def test_a_smaller_corpus_keeps_the_gold_documents(kb: KnowledgeBase, tokenizer:
     assert found[0.2] & gold == found[1.0] & gold or found[0.2] & gold > found[1.0] & gold
     assert len(found[0.2] - gold) < 0.4 * len(found[1.0] - gold)
     assert found[0.2] - gold <= {d.id for d in kb.documents()}
+
+
+def test_a_world_of_other_names_is_searched_and_judged_in_them(
+    place: Path, kb: KnowledgeBase, tokenizer: Tokenizer, rows: list
+) -> None:
+    names = Names(exchangeable(place)).draw(Dice("test", 1))
+    elsewhere = Elsewhere(rows, kb, names)
+    tool = make_tool(tokenizer, elsewhere, 3, 60, 4)
+    judge = make_judge(elsewhere, tokenizer, tool, "em")
+    queries = [hop["query"] for row in rows for hop in row["hops"]]
+    found, plain = elsewhere.search([relabel(query, names) for query in queries], k=3), kb.search(queries, k=3)
+    assert [[hit.document.id for hit in hits] for hits in found] == [[h.document.id for h in hits] for hits in plain]
+    for hits, before in zip(found, plain, strict=True):
+        for hit, was in zip(hits, before, strict=True):
+            assert (hit.chunk.text != was.chunk.text) == was.document.id.startswith("train")  # whose names they are
+            assert relabel(hit.chunk.text, names.back) == was.chunk.text
+            assert relabel(hit.document, names.back) == was.document and hit.score == was.score
+    i, row = next((i, row) for i, row in enumerate(rows) if relabel(row["answers"], names) != row["answers"])
+    for answers, right in ((row["answers"], False), (elsewhere[i]["answers"], True)):
+        parts = [{"type": "search", "text": " x"}, {"type": "text", "text": answers[0]}]
+        trajectory = dataclasses.replace(act(tokenizer, tool, elsewhere[i], parts), example=i)
+        assert judge(trajectory).correct == right
+    same = Elsewhere(rows, kb, Names([]).draw(Dice("test", 1)))
+    assert list(same) == rows and same.search(queries[:3], k=2) == kb.search(queries[:3], k=2)
 
 
 # ---- evaluation ----
