@@ -6,6 +6,7 @@
 The server is scripts.chat_web as a process of its own, on loopback; this process is its clients, on the same cores.
 Parts:
   sweep        clients that ask again as soon as they are answered, and with --rates requests that come at random
+  whole        the same requests, each answered in one piece as generate() answers, not token by token in a stream
   peer         the same requests in static batches of transformers' generate(), between the repeats of the sweep
   engine       and of our engine in this process, without server and HTTP: what the peer's figures are to be set beside
   clients      many clients for a while: each answer is compared with the greedy one of the offline engine
@@ -47,7 +48,7 @@ from scripts.bench_serving_peer import Offline, Peer
 from scripts.bench_serving_peer import closed_loop as static_loop
 from scripts.bench_serving_report import check_lines, plot, ratios, table
 
-PARTS = ("sweep", "peer", "engine", "clients", "disconnects")
+PARTS = ("sweep", "whole", "peer", "engine", "clients", "disconnects")
 MARGIN = 1e-3  # between the best two logits; rounding of batched float32 products stays below 1e-4
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ class BenchServingConfig:
 
     SHORT: ClassVar = {"i": "source", "g": "model_tag", "s": "step", "d": "dtype"}
 
-    parts: Annotated[list[str], "of sweep, peer, engine, clients, disconnects"] = dataclasses.field(
+    parts: Annotated[list[str], "of sweep, whole, peer, engine, clients, disconnects"] = dataclasses.field(
         default_factory=lambda: list(PARTS)
     )
     source: Annotated[Literal["base", "mid", "sft", "rl", "rag", "refrag"], "-i: stage"] = "sft"
@@ -96,8 +97,8 @@ class BenchServingConfig:
         counts = (self.seconds, self.repeats, self.prompt_tokens, self.max_tokens, self.clients, self.client_seconds)
         if min(*counts, *(clients or rate or 0 for clients, rate in self.loads)) <= 0:
             raise ValueError("seconds, repeats, prompt_tokens, max_tokens, clients and rates must be above 0")
-        if {"peer", "engine"} & set(self.parts) and "sweep" not in self.parts:
-            raise ValueError("peer and engine go with sweep: their figures are taken between those of the sweep")
+        if {"whole", "peer", "engine"} & set(self.parts) and "sweep" not in self.parts:
+            raise ValueError("whole, peer and engine go with sweep: their figures are taken between those of the sweep")
 
     @property
     def loads(self) -> list[tuple[int | None, float | None]]:
@@ -229,6 +230,10 @@ def bodies(cfg: BenchServingConfig, lengths: str, vocab_size: int, seq_len: int,
         }  # fmt: skip
 
 
+def unstreamed(body: dict[str, Any]) -> dict[str, Any]:
+    return {**{key: value for key, value in body.items() if key != "stream_options"}, "stream": False}
+
+
 def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
     """Rows of figures: every level, ours and the peer's."""
     config, dtype = model.model.config, pick_dtype(cfg.dtype, CPU)
@@ -239,6 +244,7 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
     static = {"transformers": peer.batch} if peer is not None else {}
     if "engine" in cfg.parts:
         static["engine"] = Offline(model.model, model.tokenizer, dtype).batch
+    streams = ("ours", "whole") if "whole" in cfg.parts else ("ours",)
     rows = []
     most = max(32, *(clients or 0 for clients, _ in cfg.loads))
     with Server(model, n_threads(cfg), f"--dtype={cfg.dtype}", f"--max_rows={most}", "--max_queue=256") as server:
@@ -249,9 +255,10 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
                 seconds = cfg.seconds if repeat >= 0 else min(1.0, cfg.seconds)
                 for clients, rate in cfg.loads:
                     asked = bodies(cfg, lengths, ordinary, config.seq_len, 1000 * (repeat + 1) + (clients or 999))
-                    for name in ("ours", *(static if clients is not None else ())):
-                        if name == "ours":
-                            level = asyncio.run(_offer(server.port, asked, clients, rate, seconds, repeat))
+                    for name in (*streams, *(static if clients is not None else ())):
+                        if name in streams:
+                            given = asked if name == "ours" else map(unstreamed, asked)
+                            level = asyncio.run(_offer(server.port, given, clients, rate, seconds, repeat))
                         else:
                             assert clients is not None
                             level = static_loop(static[name], asked, clients, seconds)

@@ -6,14 +6,14 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from nanochat.common import atomic_write
-from nanochat.plots import BLUE, DPI, GREEN, ORANGE, png_bytes
+from nanochat.plots import BLUE, DPI, GREEN, GREY, ORANGE, png_bytes
 from nanochat.report import aligned_table
 
 Row = dict[str, Any]
 
 HEAD = ["answers", "load", "server", "tokens/s", "TTFT ms p50 / p90 / p99", "ms per token p50 / p90 / p99",
         "answered", "refused", "lost"]  # fmt: skip
-COLOURS = {"ours": BLUE, "engine": GREEN, "transformers": ORANGE}
+COLOURS = {"ours": BLUE, "whole": GREY, "engine": GREEN, "transformers": ORANGE}
 
 
 def load_name(row: Row) -> str:
@@ -49,6 +49,8 @@ def ratios(rows: list[Row]) -> list[str]:
             out.append(f"{lengths}: {n} clients get {own / one:.2f} times the tokens/s of one")
         if peer := speed.get((lengths, "transformers", n)):
             out.append(f"{lengths}: {own / peer:.2f} times transformers' batched generate at {n}")
+            if whole := speed.get((lengths, "whole", n)):
+                out.append(f"{lengths}: {whole / peer:.2f} times that where the server answers in one piece, too")
             if offline := speed.get((lengths, "engine", n)):
                 out.append(f"{lengths}: {offline / peer:.2f} times that without server and HTTP")
     return out

@@ -89,6 +89,7 @@ class CompressConfig:
     encoder_lr_frac: Annotated[float, "reconstruction: all rates start at this share of the above"] = 1.0
     init_lr_frac: Annotated[float, "continuation and questions: alike"] = 0.3
     policy_lr: Annotated[float, "AdamW, the policy"] = 1e-3
+    rl_lr_frac: Annotated[float, "reinforce: policy_lr starts at this share of it"] = 0.1
     grad_clip: Annotated[float, "largest gradient norm; 0 = no clipping"] = 1.0
     # evaluation and output
     eval_questions: Annotated[int, "validation questions, answered under each policy; 0 = no evaluation"] = 128
@@ -259,7 +260,8 @@ class Trainer:
         if stage in ("supervise", "reinforce"):
             name = "supervised" if stage == "supervise" else "rl"
             modules = {name: reader.policies[name]}
-            groups, lrs = {"matrix": [], "scalar": list(modules[name].parameters())}, {"scalar": cfg.policy_lr}
+            lr = cfg.policy_lr * (cfg.rl_lr_frac if stage == "reinforce" else 1.0)
+            groups, lrs = {"matrix": [], "scalar": list(modules[name].parameters())}, {"scalar": lr}
             if stage == "reinforce" and cfg.supervise_steps:
                 reader.policies["rl"].load_state_dict(reader.policies["supervised"].state_dict())
         for module in modules.values():
