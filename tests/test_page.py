@@ -2,20 +2,30 @@
 
 import itertools
 import json
+import os
 import re
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from queue import Queue
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import pytest
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from nanochat.common import REPO_DIR
-from tests.chromium import Chromium, Page, find_chromium, wait
 
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+WAIT_MS = 20_000  # for one thing to come
+LIMIT_S = 30  # for a whole test
+expect.set_options(timeout=WAIT_MS)
+DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
+PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
 FOLDER = REPO_DIR / "nanochat" / "serving"
 TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html; charset=utf-8"}
 SOURCES = [
@@ -145,17 +155,23 @@ def unfolded(pieces: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
-    program = find_chromium()
+def browser() -> Iterator[Browser]:
+    """The system's browser, or the one $CHROMIUM names; never one that playwright downloads."""
+    program = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip("needs chromium: apt-get install chromium, or set CHROMIUM to a browser of its family")
-    chromium = Chromium(program, tmp_path_factory.mktemp("profile"))
-    yield chromium
-    chromium.close()
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=program) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
-def running(browser: Chromium) -> Iterator[Server]:
+def browser_pid(browser: Browser) -> int:
+    processes = browser.new_browser_cdp_session().send("SystemInfo.getProcessInfo")["processInfo"]
+    return next(process["id"] for process in processes if process["type"] == "browser")
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Server]:
     server = Server()
     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     yield server
@@ -169,45 +185,78 @@ def server(running: Server) -> Server:
     return running
 
 
-@pytest.fixture(scope="module")
-def tab(browser: Chromium) -> Page:
-    return browser.new_page()
+@pytest.fixture
+def faults() -> list[str]:
+    """Exceptions nobody caught, and everything on the page's console."""
+    return []
 
 
 @pytest.fixture
-def page(tab: Page, server: Server) -> Iterator[Page]:
-    """The page, opened with nothing stored; the test fails where it threw, or the browser reported a fault of it."""
-    tab.go(server.url + "static/dom.js")
-    tab.js("localStorage.clear(), sessionStorage.clear()")
-    tab.resize(1280, 800)
-    tab.theme("light")
-    tab.events.clear()
-    tab.go(server.url)
-    tab.wait("document.querySelectorAll('#model option').length > 0")
-    yield tab
-    assert [fault for fault in tab.faults() if not re.search("status of [45]|ERR_INCOMPLETE", fault)] == []
+def page(
+    browser: Browser, browser_pid: int, server: Server, faults: list[str], request: pytest.FixtureRequest
+) -> Iterator[Page]:
+    """The page, opened with nothing stored; the test fails where it threw, or the browser reported a fault of it.
+    A parameter is a device other than DESKTOP."""
+    with killed_late(browser_pid), browser.new_page(**getattr(request, "param", DESKTOP)) as page:
+        page.set_default_timeout(WAIT_MS)
+        page.on("pageerror", lambda thrown: faults.append(str(thrown)))
+        page.on("console", lambda message: faults.append(message.text))
+        open_page(page, server)
+        yield page
+    assert [fault for fault in faults if not re.search("status of [45]|ERR_INCOMPLETE", fault)] == []
+
+
+@contextmanager
+def killed_late(pid: int) -> Iterator[None]:
+    """Kill the browser after LIMIT_S: for a page that loops, evaluate() and expect() wait without end."""
+    timer = threading.Timer(LIMIT_S, os.kill, (pid, signal.SIGKILL))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def open_page(page: Page, server: Server) -> None:
+    page.goto(server.url)
+    expect(page.locator("#model option")).not_to_have_count(0)
 
 
 def ask(page: Page, text: str) -> None:
-    page.js("document.querySelector('#input').focus()")
-    page.type(text)
-    page.key("Enter")
+    page.fill("#input", text)
+    page.press("#input", "Enter")
 
 
 def ask_and_wait(page: Page, text: str) -> str:
     """-> the text of the answer."""
-    before = page.js("document.querySelectorAll('.message.assistant').length")
+    before = page.locator(".message.assistant").count()
     ask(page, text)
-    page.wait(f"document.querySelectorAll('.message.assistant:not(.running)').length > {before}")
-    return page.js("[...document.querySelectorAll('.message.assistant .content')].at(-1).innerText")
+    expect(page.locator(".message.assistant:not(.running)")).to_have_count(before + 1)
+    return answer(page).inner_text()
 
 
-def content(page: Page) -> str:
-    return page.js("[...document.querySelectorAll('.message.assistant .content')].at(-1)?.innerText ?? ''")
+def answer(page: Page) -> Locator:
+    """The last one's text."""
+    return page.locator(".message.assistant .content").last
+
+
+def shows(page: Page, text: str) -> None:
+    """Wait until this is the last answer."""
+    expect(answer(page)).to_have_text(text, use_inner_text=True)
 
 
 def done(page: Page) -> None:
-    page.wait("document.querySelector('.message.assistant:not(.running)') && !document.querySelector('.running')")
+    expect(page.locator(".message.assistant")).not_to_have_count(0)
+    expect(page.locator(".running")).to_have_count(0)
+
+
+def click(page: Page, name: str) -> None:
+    """Press the last button of this name."""
+    page.get_by_role("button", name=name, exact=True).last.click()
+
+
+def unfold(page: Page) -> None:
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
 
 
 # ---- a conversation ----
@@ -218,16 +267,16 @@ def test_an_answer_is_shown_while_it_is_written(page: Page, server: Server) -> N
     server.script = lambda body: [pieces]
     ask(page, "Hi")
     pieces.put("One **bo")
-    wait(lambda: content(page) == "One **bo", "the first piece")
-    assert page.text("#send") == "Stop"
+    shows(page, "One **bo")
+    assert page.inner_text("#send") == "Stop"
     pieces.put("ld** word")
-    wait(lambda: content(page) == "One bold word", "the second piece")
-    assert page.js("document.querySelector('.content strong').textContent") == "bold"
+    shows(page, "One bold word")
+    assert page.text_content(".content strong") == "bold"
     pieces.put({"usage": {"prompt_tokens": 3, "completion_tokens": 7, "total_tokens": 10}})
     pieces.put(None)
     done(page)
-    assert page.text("#send") == "Send"
-    assert "7 tokens" in page.text(".message.assistant footer")
+    assert page.inner_text("#send") == "Send"
+    assert "7 tokens" in page.inner_text(".message.assistant footer")
     assert server.asked[0]["messages"] == [{"role": "user", "content": "Hi"}]
     assert server.asked[0]["model"] == "tiny" and server.asked[0]["stream"] is True
 
@@ -252,11 +301,11 @@ def test_stop_closes_the_connection_and_keeps_what_was_written(page: Page, serve
 
     server.script = lambda body: forever()
     ask(page, "Hi")
-    wait(lambda: content(page).count("word") > 2, "some words")
-    page.click("#send", "Stop")
+    expect(answer(page)).to_contain_text("word word word", use_inner_text=True)
+    click(page, "Stop")
     done(page)
     assert server.gone.wait(10)
-    assert "word word" in content(page) and "Stopped" in page.text(".message.assistant footer")
+    assert "word word" in answer(page).inner_text() and "Stopped" in page.inner_text(".message.assistant footer")
     server.script = lambda body: ["Fine."]
     assert ask_and_wait(page, "And now?") == "Fine."
     assert [m["role"] for m in server.asked[1]["messages"]] == ["user", "assistant", "user"]
@@ -265,35 +314,35 @@ def test_stop_closes_the_connection_and_keeps_what_was_written(page: Page, serve
 def test_escape_stops_and_keys_do_the_rest(page: Page, server: Server) -> None:
     pieces: Queue[Any] = Queue()
     server.script = lambda body: [pieces]
-    page.js("document.activeElement.blur()")
-    page.key("/")
-    assert page.js("document.activeElement.id") == "input"
-    page.type("one")
-    page.key("Enter", 8)
-    page.type("two")
-    assert page.js("document.querySelector('#input').value") == "one\ntwo" and not server.asked
-    page.key("Enter")
+    page.evaluate("document.activeElement.blur()")
+    page.keyboard.press("/")
+    expect(page.locator("#input")).to_be_focused()
+    page.keyboard.insert_text("one")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.insert_text("two")
+    assert page.input_value("#input") == "one\ntwo" and not server.asked
+    page.keyboard.press("Enter")
     pieces.put("Wor")
-    wait(lambda: content(page) == "Wor", "a piece")
-    page.key("Escape")
+    shows(page, "Wor")
+    page.keyboard.press("Escape")
     done(page)
     pieces.put(None)
-    page.key("ArrowUp")
-    assert page.js("document.activeElement.value") == "one\ntwo"
-    page.key("Escape")
-    page.key("o", 2 | 8)
-    page.wait("!document.querySelector('.message')")
+    page.keyboard.press("ArrowUp")
+    assert page.evaluate("document.activeElement.value") == "one\ntwo"
+    page.keyboard.press("Escape")
+    page.keyboard.press("Control+Shift+O")
+    expect(page.locator(".message")).to_have_count(0)
 
 
 def test_an_answer_comes_again_and_the_first_one_is_kept(page: Page, server: Server) -> None:
     server.script = lambda body: [f"Answer {len(server.asked)}."]
     ask_and_wait(page, "Hi")
-    page.click(".message.assistant button", "Regenerate")
-    wait(lambda: content(page) == "Answer 2.", "the second answer")
+    click(page, "Regenerate")
+    shows(page, "Answer 2.")
     done(page)
     assert server.asked[0] == server.asked[1]
-    page.click(".message.assistant [aria-label='Version before']")
-    wait(lambda: content(page) == "Answer 1.", "the first answer")
+    click(page, "Version before")
+    shows(page, "Answer 1.")
     ask_and_wait(page, "Go on")
     assert [m["content"] for m in server.asked[2]["messages"]] == ["Hi", "Answer 1.", "Go on"]
 
@@ -302,25 +351,25 @@ def test_an_edited_question_starts_a_branch(page: Page, server: Server) -> None:
     server.script = lambda body: [f"Answer to {body['messages'][-1]['content']}."]
     ask_and_wait(page, "first")
     ask_and_wait(page, "second")
-    page.js("document.querySelector('.message.user').querySelector('.actions').lastChild.click()")
-    page.js("document.activeElement.select()")
-    page.type("changed")
-    page.key("Enter")
-    wait(lambda: content(page) == "Answer to changed.", "the new branch")
+    page.get_by_role("button", name="Edit", exact=True).first.click()
+    page.keyboard.press("Control+A")
+    page.keyboard.insert_text("changed")
+    page.keyboard.press("Enter")
+    shows(page, "Answer to changed.")
     done(page)
     assert server.asked[-1]["messages"] == [{"role": "user", "content": "changed"}]
-    assert page.js("document.querySelectorAll('.message').length") == 2
-    page.click(".message.user [aria-label='Version before']")
-    wait(lambda: content(page) == "Answer to second.", "the old branch")
+    assert page.locator(".message").count() == 2
+    click(page, "Version before")
+    shows(page, "Answer to second.")
 
 
 def test_copy_gives_the_markdown(page: Page, server: Server) -> None:
     server.script = lambda body: ["Some **bold** `code`."]
     ask_and_wait(page, "Hi")
-    page.js("navigator.clipboard.writeText = async text => { window.copied = text }")
-    page.click(".message.assistant button", "Copy")
-    assert page.wait("window.copied") == "Some **bold** `code`."
-    page.wait("[...document.querySelectorAll('button')].some(b => b.textContent === 'Copied')")
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    click(page, "Copy")
+    expect(page.get_by_role("button", name="Copied", exact=True)).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "Some **bold** `code`."
 
 
 # ---- history ----
@@ -329,27 +378,24 @@ def test_copy_gives_the_markdown(page: Page, server: Server) -> None:
 def test_conversations_outlive_a_reload(page: Page, server: Server) -> None:
     server.script = lambda body: ["Kept.", {"sources": SOURCES}]
     ask_and_wait(page, "Remember me")
-    page.go(server.url + "?again" + page.js("location.hash"))
-    assert content(page) == "Kept."
-    assert page.js("document.querySelectorAll('.source').length") == 2
+    page.reload()
+    assert answer(page).inner_text() == "Kept."
+    assert page.locator(".source").count() == 2
     page.click("#new")
-    page.wait("!document.querySelector('.message')")
+    expect(page.locator(".message")).to_have_count(0)
     ask_and_wait(page, "Another one")
-    assert page.js("[...document.querySelectorAll('#history a')].map(a => a.textContent)") == [
-        "Another one",
-        "Remember me",
-    ]
-    page.click("#history a", "Remember me")
-    wait(lambda: content(page) == "Kept.", "the first conversation")
+    assert page.locator("#history a").all_text_contents() == ["Another one", "Remember me"]
+    page.get_by_role("link", name="Remember me", exact=True).click()
+    shows(page, "Kept.")
     page.click("#history li.current [title=Delete]")
-    page.wait("document.querySelectorAll('#history a').length === 1")
-    page.click("#notice button", "Undo")
-    page.wait("document.querySelectorAll('#history a').length === 2")
+    expect(page.locator("#history a")).to_have_count(1)
+    click(page, "Undo")
+    expect(page.locator("#history a")).to_have_count(2)
     page.click("#history li.current [title=Rename]")
-    page.type("New name")
-    page.key("Enter")
-    page.wait("document.querySelector('#history li.current a')?.textContent === 'New name'")
-    assert page.js("document.title") == "New name"
+    page.keyboard.insert_text("New name")
+    page.keyboard.press("Enter")
+    expect(page.locator("#history li.current a")).to_have_text("New name")
+    assert page.title() == "New name"
 
 
 def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page: Page, server: Server) -> None:
@@ -357,15 +403,15 @@ def test_a_conversation_deleted_while_it_is_answered_stays_deleted(page: Page, s
     server.script = lambda body: [pieces]
     ask(page, "Hi")
     pieces.put("Begun")
-    wait(lambda: content(page) == "Begun", "a piece")
+    shows(page, "Begun")
     page.click("#history li.current [title=Delete]")
     pieces.put("more" * 1000)
     pieces.put(None)
-    page.wait("!document.querySelector('.message')")
+    expect(page.locator(".message")).to_have_count(0)
     server.script = lambda body: ["Fine."]
     ask_and_wait(page, "Another")
-    assert page.js("[...document.querySelectorAll('#history a')].map(a => a.textContent)") == ["Another"]
-    assert page.js("Object.keys(localStorage).filter(key => key.startsWith('nanochat.chat.')).length") == 1
+    assert page.locator("#history a").all_text_contents() == ["Another"]
+    assert page.evaluate("Object.keys(localStorage).filter(key => key.startsWith('nanochat.chat.')).length") == 1
 
 
 def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page, server: Server) -> None:
@@ -373,20 +419,20 @@ def test_an_answer_goes_on_while_another_conversation_is_shown(page: Page, serve
     server.script = lambda body: [pieces] if body["messages"][-1]["content"] == "slow" else ["Quick."]
     ask(page, "slow")
     pieces.put("Begun ")
-    wait(lambda: content(page).startswith("Begun"), "the slow answer")
+    shows(page, "Begun")
     page.click("#new")
     assert ask_and_wait(page, "quick") == "Quick."
     pieces.put("and ended.")
     pieces.put(None)
-    page.click("#history a", "slow")
-    wait(lambda: content(page) == "Begun and ended.", "the whole slow answer")
+    page.get_by_role("link", name="slow", exact=True).click()
+    shows(page, "Begun and ended.")
 
 
 def test_a_full_storage_is_said(page: Page, server: Server) -> None:
-    page.js("""for (let n = 1 << 22; n > 8; n >>= 1) {
+    page.evaluate("""for (let n = 1 << 22; n > 8; n >>= 1) {
         try { for (let i = 0; ; i++) localStorage.setItem(`fill.${n}.${i}`, 'x'.repeat(n)) } catch {} }""")
     ask_and_wait(page, "Hi")
-    assert "no room" in page.text("#notice")
+    assert "no room" in page.inner_text("#notice")
 
 
 # ---- what is sent ----
@@ -404,36 +450,35 @@ def test_settings_are_sent_and_kept_and_wrong_ones_are_not(page: Page, server: S
         "stop": "A\nB",
     }
     for name, value in {**fields, "min_p": "3"}.items():
-        page.js(f"document.querySelector('#settings [name={name}]').focus()")
-        page.type(value)
-    assert "not used" in page.text("#settings-form")
+        page.fill(f"#settings [name={name}]", value)
+    assert "not used" in page.inner_text("#settings-form")
     ask_and_wait(page, "Hi")
     body = server.asked[0]
     assert {name: body[name] for name in ("temperature", "top_p", "top_k", "seed", "max_tokens", "stop")} == {
         "temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 7, "max_tokens": 99, "stop": ["A", "B"],
     }  # fmt: skip
     assert body["messages"][0] == {"role": "system", "content": "Be brief."} and "min_p" not in body
-    page.go(server.url + "?again")
-    assert page.js("document.querySelector('#settings [name=top_k]').value") == "40"
+    page.goto(server.url)
+    assert page.input_value("#settings [name=top_k]") == "40"
 
 
 def test_another_model_answers_when_chosen(page: Page, server: Server) -> None:
-    page.js("(m => { m.value = 'other'; m.dispatchEvent(new Event('change')) })(document.querySelector('#model'))")
+    page.select_option("#model", "other")
     ask_and_wait(page, "Hi")
     assert server.asked[0]["model"] == "other"
-    page.go(server.url + "?again")
-    page.wait("document.querySelector('#model').value === 'other'")
+    page.goto(server.url)
+    expect(page.locator("#model")).to_have_value("other")
 
 
 def test_documents_can_be_left_out_where_the_server_has_some(page: Page, server: Server) -> None:
-    assert page.js("document.querySelector('#retrieval').hidden")
+    assert page.is_hidden("#retrieval")
     ask_and_wait(page, "Hi")
     assert "retrieval" not in server.asked[0]
     server.models = [{"id": "tiny", "retrieval": True}]
-    page.go(server.url + "?again")
-    page.wait("!document.querySelector('#retrieval').hidden")
+    page.goto(server.url)
+    expect(page.locator("#retrieval")).to_be_visible()
     ask_and_wait(page, "Hi")
-    page.click("#retrieval-on")
+    page.uncheck("#retrieval-on")
     ask_and_wait(page, "Hi")
     assert [body["retrieval"] for body in server.asked[1:]] == [True, False]
 
@@ -444,22 +489,17 @@ def test_documents_can_be_left_out_where_the_server_has_some(page: Page, server:
 def test_sources_show_titles_and_marked_passages(page: Page, server: Server) -> None:
     server.script = lambda body: ["Ada Byron does [1], not [7].", {"sources": SOURCES, "trace": TRACE}]
     ask_and_wait(page, "Who runs the mill?")
-    assert page.js("[...document.querySelectorAll('.source.cited .title')].map(e => e.textContent)") == ["The mill"]
-    assert page.js("[...document.querySelectorAll('.source:not(.cited) .title')].map(e => e.textContent)") == [
-        "The weir"
-    ]
-    assert page.js("[...document.querySelectorAll('.source.cited mark')].map(e => e.textContent)") == ["Ada Byron"]
-    assert "[7]" in content(page)
-    assert not page.js("document.querySelector('.source.cited').open")
+    assert page.locator(".source.cited .title").all_text_contents() == ["The mill"]
+    assert page.locator(".source:not(.cited) .title").all_text_contents() == ["The weir"]
+    assert page.locator(".source.cited mark").all_text_contents() == ["Ada Byron"]
+    assert "[7]" in answer(page).inner_text()
+    expect(page.locator(".source.cited[open]")).to_have_count(0)
     page.click(".cite")
-    page.wait("document.querySelector('.source.cited').open")
-    assert page.js("document.activeElement.parentElement.dataset.n") == "1"
-    page.click(".trace summary", "2 searches")
-    page.wait("document.querySelector('.trace').open")
-    assert page.js("[...document.querySelectorAll('.query')].map(e => e.textContent)") == [
-        "who runs the mill",
-        "Ada Byron",
-    ]
+    expect(page.locator(".source.cited[open]")).to_be_visible()
+    expect(page.locator(".source[data-n='1'] summary")).to_be_focused()
+    page.get_by_text("2 searches", exact=True).click()
+    expect(page.locator(".trace[open]")).to_be_visible()
+    assert page.locator(".query").all_text_contents() == ["who runs the mill", "Ada Byron"]
 
 
 def test_calls_of_tools_are_put_together(page: Page, server: Server) -> None:
@@ -468,49 +508,42 @@ def test_calls_of_tools_are_put_together(page: Page, server: Server) -> None:
 
     server.script = lambda body: [call(name="add", arguments='{"a": '), call(arguments="1}")]
     ask_and_wait(page, "Hi")
-    page.click(".call summary", "Calls add")
-    assert page.text(".call pre") == '{"a": 1}'
+    page.get_by_text("Calls add", exact=True).click()
+    assert page.inner_text(".call pre") == '{"a": 1}'
 
 
 # ---- strangers' text ----
 
 
 def test_html_from_anywhere_is_text(page: Page, server: Server) -> None:
-    answer = f"{HOSTILE} **{HOSTILE}** [1] `{HOSTILE}` [x](javascript:window.hacked=3) ![i](http://evil.test/p.png)"
-    answer += f"\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n| {HOSTILE} |\n|---|\n| {HOSTILE} |"
-    answer += "\n\n<svg onload='window.hacked=4'>\n\n[y](data:text/html,<script>1</script>)"
+    hostile = f"{HOSTILE} **{HOSTILE}** [1] `{HOSTILE}` [x](javascript:window.hacked=3) ![i](http://evil.test/p.png)"
+    hostile += f"\n\n```{HOSTILE}\n{HOSTILE}\n```\n\n| {HOSTILE} |\n|---|\n| {HOSTILE} |"
+    hostile += "\n\n<svg onload='window.hacked=4'>\n\n[y](data:text/html,<script>1</script>)"
     source = {"n": 1, "id": HOSTILE, "title": HOSTILE, "text": HOSTILE, "score": 1, "cited": True}
     server.models = [{"id": HOSTILE}]
-    server.script = lambda body: [answer, {"sources": [source], "trace": [{"query": HOSTILE, "titles": [HOSTILE]}]}]
-    page.go(server.url + "?again")
-    page.wait("document.querySelector('#model option') !== null")
+    server.script = lambda body: [hostile, {"sources": [source], "trace": [{"query": HOSTILE, "titles": [HOSTILE]}]}]
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    open_page(page, server)
     shown = ask_and_wait(page, HOSTILE)
     assert shown.count("<script>window.hacked = 1</script>") >= 5
     assert "[x](javascript:window.hacked=3)" in shown
-    page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
-    assert (
-        page.js(
-            "document.querySelectorAll('main script, main img, main svg, main iframe, aside script, aside img').length"
-        )
-        == 0
-    )
-    assert page.js("[...document.querySelectorAll('main a')].map(a => a.protocol)") == [
-        "http:"
-    ]  # the picture, as a link
-    assert page.js("document.querySelector('.source .title').textContent") == HOSTILE
-    assert page.js("document.querySelector('#history a').textContent").startswith("<script>")
-    assert page.js("window.hacked") is None
-    assert all(url.startswith((server.url, "data:,")) for url in page.requests())
+    unfold(page)
+    assert page.locator("main, aside").locator("script, img, svg, iframe").count() == 0
+    assert page.locator("main a").evaluate_all("links => links.map(a => a.protocol)") == ["http:"]  # the picture's
+    assert page.text_content(".source .title") == HOSTILE
+    assert page.locator("#history a").all_text_contents()[0].startswith("<script>")
+    assert page.evaluate("window.hacked") is None
+    assert requested and all(url.startswith(server.url) for url in requested)
 
 
-def test_the_page_cannot_take_html_or_call_out(page: Page) -> None:
+def test_the_page_cannot_take_html_or_call_out(page: Page, faults: list[str]) -> None:
     """By its own policy, whatever headers a server sends."""
     refused = "(() => { try { document.body.innerHTML = '<b>x</b>'; return false } catch (e) { return e.name } })()"
-    assert page.js(refused) == "TypeError"
-    assert page.js("fetch('http://127.0.0.1:9/').then(() => 'sent', e => e.name)") == "TypeError"
-    complaints = [fault for fault in page.faults() if "Content Security Policy" in fault]
-    assert complaints
-    page.events.clear()
+    assert page.evaluate(refused) == "TypeError"
+    assert page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', e => e.name)") == "TypeError"
+    assert any("Content Security Policy" in fault for fault in faults)
+    faults.clear()
 
 
 @pytest.mark.parametrize(
@@ -535,10 +568,10 @@ def error(message: str) -> str:
 def test_a_busy_server_is_said_and_asked_again(page: Page, server: Server) -> None:
     server.script = lambda body: (429, {"Retry-After": "3"}, error("the queue is full"))
     ask_and_wait(page, "Hi")
-    assert page.text(".error span") == "the queue is full (try again in 3 s)"
+    assert page.inner_text(".error span") == "the queue is full (try again in 3 s)"
     server.script = lambda body: ["Now."]
-    page.click(".error button", "Try again")
-    wait(lambda: content(page) == "Now.", "the answer")
+    click(page, "Try again")
+    shows(page, "Now.")
     assert server.asked[0] == server.asked[1]
 
 
@@ -559,8 +592,8 @@ def test_a_failed_answer_says_why_and_only_its_text_is_sent(page: Page, server: 
 
     server.script = lambda body: script if isinstance(script, tuple) else failing(body)
     ask_and_wait(page, "Hi")
-    assert said in page.text(".error span")
-    assert content(page) == ("" if isinstance(script, tuple) else "Half")
+    assert said in page.inner_text(".error span")
+    assert answer(page).inner_text() == ("" if isinstance(script, tuple) else "Half")
     server.script = lambda body: ["Fine."]
     ask_and_wait(page, "Again")
     roles = [message["role"] for message in server.asked[1]["messages"]]
@@ -569,15 +602,15 @@ def test_a_failed_answer_says_why_and_only_its_text_is_sent(page: Page, server: 
 
 def test_a_key_is_asked_for_and_forgotten_with_the_tab(page: Page, server: Server) -> None:
     server.key = "sesame"
-    page.go(server.url + "?again")
-    page.wait("!document.querySelector('#notice').hidden")
-    page.click("#notice button", "Enter it")
-    assert page.js("document.activeElement.name") == "key"
-    page.type("sesame")
-    page.key("Tab")
-    page.wait("document.querySelectorAll('#model option').length === 2")
+    page.goto(server.url)
+    expect(page.locator("#notice")).to_be_visible()
+    click(page, "Enter it")
+    expect(page.locator("[name=key]")).to_be_focused()
+    page.keyboard.insert_text("sesame")
+    page.keyboard.press("Tab")
+    expect(page.locator("#model option")).to_have_count(2)
     assert ask_and_wait(page, "Hi") == "Hello."
-    assert "sesame" not in page.js("JSON.stringify(localStorage)")
+    assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
 
 
 # ---- looks ----
@@ -608,48 +641,46 @@ CONTRAST = """(() => {
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_text_is_readable_in_both_themes(page: Page, server: Server, theme: str) -> None:
+def test_every_text_is_readable_in_both_themes(page: Page, server: Server, theme: Literal["light", "dark"]) -> None:
     """Contrast of WCAG 2.2, success criterion 1.4.3: 4.5 to 1."""
     server.script = lambda body: [
         "Ada [1]. " + LONG,
         {"sources": SOURCES, "trace": TRACE, "usage": {"completion_tokens": 9}},
     ]
-    page.theme(theme)
+    page.emulate_media(color_scheme=theme)
     ask_and_wait(page, "Who?")
     server.script = lambda body: (500, {}, error("broken"))
     ask_and_wait(page, "And?")
     page.click("#options")
-    page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
-    dark = page.js("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
+    unfold(page)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (theme == "dark")
-    assert page.js(CONTRAST) == []
+    assert page.evaluate(CONTRAST) == []
 
 
+@pytest.mark.parametrize("page", [PHONE], indirect=True, ids=["phone"])
 def test_a_phone_shows_everything_within_its_width(page: Page, server: Server) -> None:
     server.script = lambda body: [LONG + "w" * 400, {"sources": SOURCES, "trace": TRACE}]
-    page.resize(390, 844, mobile=True)
-    page.go(server.url + "?phone")
     ask_and_wait(page, "q" * 400)
-    page.js("document.querySelectorAll('details').forEach(d => d.open = true)")
+    unfold(page)
     parts = "body, main, #scroll, #thread, .message, .content, #composer, header"
     wide = f"[...document.querySelectorAll('{parts}')].filter(e => e.scrollWidth > e.clientWidth).length"
-    assert page.js("document.documentElement.scrollWidth") <= 390 and page.js(wide) == 0
-    assert page.js("getComputedStyle(document.querySelector('#sidebar')).visibility") == "hidden"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390 and page.evaluate(wide) == 0
+    expect(page.locator("#sidebar")).to_be_hidden()
     page.click("#menu")
-    assert page.js("getComputedStyle(document.querySelector('#sidebar')).visibility") == "visible"
-    page.key("Escape")
-    assert page.js("getComputedStyle(document.querySelector('#sidebar')).visibility") == "hidden"
+    expect(page.locator("#sidebar")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator("#sidebar")).to_be_hidden()
     page.click("#options")
     page.click("#settings-close")
-    page.wait("document.querySelector('#settings').hidden")
+    expect(page.locator("#settings")).to_be_hidden()
 
 
 def test_every_control_has_a_name(page: Page, server: Server) -> None:
     server.script = lambda body: ["Ada [1].\n\n```\nx\n```", {"sources": SOURCES, "trace": TRACE}]
     ask_and_wait(page, "Who?")
     page.click("#options")
-    page.call("Accessibility.enable")
-    nodes = page.call("Accessibility.getFullAXTree")["nodes"]
+    nodes = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
     controls = [
         n
         for n in nodes
@@ -694,7 +725,7 @@ MARKDOWN = """import('/static/markdown.js').then(({render}) => CASES.map(text =>
 
 
 def rendered(page: Page, cases: list[str]) -> list[str]:
-    return page.js(MARKDOWN.replace("CASES", json.dumps(cases)))
+    return page.evaluate(MARKDOWN.replace("CASES", json.dumps(cases)))
 
 
 def plain_html(html: str) -> str:
@@ -720,7 +751,7 @@ def test_markdown_is_what_another_parser_makes_of_it(page: Page) -> None:
 
 def test_a_growing_text_ends_as_the_whole_one_and_keeps_its_beginning(page: Page) -> None:
     text = "\n\n".join(CASES)
-    grown = page.js(f"""import('/static/markdown.js').then(({{render}}) => {{
+    grown = page.evaluate(f"""import('/static/markdown.js').then(({{render}}) => {{
       const text = {json.dumps(text)}, element = document.createElement('div');
       render(element, text.slice(0, 200));
       const first = element.firstChild;
@@ -731,7 +762,7 @@ def test_a_growing_text_ends_as_the_whole_one_and_keeps_its_beginning(page: Page
 
 
 def test_markdown_of_any_shape_ends(page: Page) -> None:
-    """Texts on which careless patterns take minutes: the browser's answer is waited for, 30 s for all of them."""
+    """Texts on which careless patterns take minutes: the browser gets LIMIT_S for all of them."""
     units = [
         "[",
         "![",
@@ -758,7 +789,7 @@ def test_markdown_of_any_shape_ends(page: Page) -> None:
         "[a](http://x" + "(" * 20_000,
         " " * 20_000 + "#",
     ]
-    lengths = page.js(
+    lengths = page.evaluate(
         MARKDOWN.replace("CASES", json.dumps(cases)).replace("element.innerHTML", "element.textContent.length")
     )
     assert len(lengths) == len(cases)
