@@ -22,7 +22,7 @@ from nanochat.common import REPO_DIR
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAIT_MS = 20_000  # for one thing to come
-LIMIT_S = 30  # for a whole test
+LIMIT_S = 60  # for a whole test
 expect.set_options(timeout=WAIT_MS)
 DESKTOP: dict[str, Any] = {"viewport": {"width": 1280, "height": 800}}
 PHONE: dict[str, Any] = {"viewport": {"width": 390, "height": 844}, "is_mobile": True}
