@@ -95,6 +95,28 @@ def test_every_request_gets_the_offline_engines_text_under_random_admission(bloc
     assert scheduler.counts.cached_tokens > 0 and idle(scheduler)
 
 
+def test_an_answer_that_is_not_streamed_is_told_twice_and_says_the_same(engine: Engine):
+    prompt = [engine.tokenizer.bos_id, *ids(random.Random(8), 9)]
+    streamed, whole = (Heard(prompt, n=2, logprobs=1, stream=stream) for stream in (True, False))
+    rounds = []
+    for heard in (streamed, whole):
+        deliveries: list[int] = []
+
+        def deliver(events: Any, deliveries: list[int] = deliveries) -> None:
+            deliveries.append(len(events))
+            for listener, event in events:
+                listener(event)
+
+        scheduler = Scheduler(engine, deliver=deliver)
+        scheduler.submit(heard.request)
+        run(scheduler)
+        rounds.append(len(deliveries))
+    assert whole.text == streamed.text and whole.ends == streamed.ends
+    for i in range(2):
+        assert [p for p in whole.pieces if p.choice == i] == [p for p in streamed.pieces if p.choice == i]
+    assert rounds[1] <= 4 < rounds[0]
+
+
 def test_a_shared_prefix_is_read_once_it_was_seen_twice(engine: Engine):
     rng, scheduler = random.Random(1), Scheduler(engine)
     shared = [engine.tokenizer.bos_id, *ids(rng, 30)]

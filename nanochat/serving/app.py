@@ -130,7 +130,7 @@ def add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None, responses=STREAMS)
     async def old_chat(body: api.ChatBody) -> Response:
         exchange = service.exchange()
-        request, _ = await run_in_threadpool(service.chat, body.model_copy(update={"n": 1}), exchange)
+        request, _ = await run_in_threadpool(service.chat, body.model_copy(update={"n": 1, "stream": True}), exchange)
         exchange.submit([request])
         return EventStream(exchange, streams.old_chunks(exchange))
 

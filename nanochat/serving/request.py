@@ -98,6 +98,7 @@ class Request:
     functions: Functions | None = None
     begin: list[int] = field(default_factory=list)  # ids each answer starts with
     seconds: float = math.inf  # from its arrival to its end
+    stream: bool = True  # False: after a row's first piece the others come with its end
     arrived: float = field(default_factory=time.monotonic)
     cached: int = 0  # prompt ids whose state was at hand
     open: int = 0  # rows yet to end

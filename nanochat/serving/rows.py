@@ -5,7 +5,7 @@ from typing import Any
 
 from nanochat.engine import Row
 from nanochat.serving.reply import Reply
-from nanochat.serving.request import Request, Sampling
+from nanochat.serving.request import Piece, Request, Sampling
 from nanochat.serving.sampling import Uniforms
 
 SMALLEST_ROOM = 128  # ids
@@ -19,6 +19,8 @@ class ServedRow(Row):
     reply: Reply
     n_prompt: int
     uniforms: Uniforms
+    told: bool = False  # whether a piece of it was an event
+    kept: list[Piece] = field(default_factory=list)  # that go with its end, where it is not streamed
 
     @property
     def sampling(self) -> Sampling:

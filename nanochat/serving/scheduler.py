@@ -298,11 +298,18 @@ class Scheduler:
         text = "" if ended else row.reply.push(token)
         self.counts.generated_tokens += 1
         if text or (how is not None and visible):
-            self.events.append((row.request.listener, Piece(row.column, text, how if visible else None)))
+            self._tell(row, Piece(row.column, text, how if visible else None))
         if ended or row.reply.stopped:
             self._end(row, "stop", row.emitted - int(ended))
         elif not row.left:
             self._end(row, "length", row.emitted)
+
+    def _tell(self, row: ServedRow, piece: Piece) -> None:
+        if row.request.stream or not row.told:
+            self.events.append((row.request.listener, piece))
+            row.told = True
+        else:
+            row.kept.append(piece)
 
     def _end(self, row: ServedRow, reason: str, n_tokens: int, call: Any = None) -> None:
         row.left = 0
@@ -310,6 +317,7 @@ class Scheduler:
         cites = tuple(dict.fromkeys(row.reply.citations))
         self.counts.ended[reason] = self.counts.ended.get(reason, 0) + 1
         request.open -= 1
+        self.events += [(request.listener, piece) for piece in row.kept]
         self.events.append((request.listener, End(row.column, reason, text, n_tokens, call, cites, tuple(row.trace))))
         if not request.open:
             self.open.discard(request)

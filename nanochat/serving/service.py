@@ -123,7 +123,7 @@ class Service:
         s = self.settings
         return Request(
             ids, n_tokens, listener, body.n or 1, body.sampling(s.temperature, s.top_k), body.stops, logprobs,
-            functions, list(begin), s.request_seconds,
+            functions, list(begin), s.request_seconds, bool(body.stream),
         )  # fmt: skip
 
     # ---- completions ----
