@@ -170,8 +170,9 @@ class GPT(nn.Module):
 
     @property
     def residual_dtype(self) -> torch.dtype:
-        """Of the residual stream and of decoding states: float32 on a CPU, where bfloat16 helps nothing but matrices
-        (its norm is 6x and its one-query attention 5-7x slower, LOG 2026-11-21), else compute_dtype."""
+        """Of the residual stream and of decoding states (keys and values may be narrower): float32 on a CPU, where
+        bfloat16 helps nothing but matrices (torch's norm is 6x and its one-query attention 5-7x slower, LOG
+        2026-11-21), else compute_dtype."""
         return torch.float32 if self.device.type == "cpu" else self.compute_dtype
 
     def context(self, ids: Tensor, doc: Tensor | None, state: ModelState | None, lengths: Tensor | None) -> Context:

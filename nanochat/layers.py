@@ -57,6 +57,11 @@ class Linear(nn.Linear):
         if pack is not self._pack:
             self._pack, self._packed = pack, {}
 
+    @property
+    def packs(self) -> bool:
+        """Whether what decodes was laid out for it."""
+        return self._pack is not None
+
     def packed(self, x: Tensor, *linears: "Linear") -> Multiply | None:
         """What multiplies x (..., d_in) by the weights of these Linears, this one first; None = F.linear is to."""
         if self._pack is None or torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features:

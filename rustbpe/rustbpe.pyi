@@ -195,8 +195,8 @@ def rms_norm(x: Floats, cos: Floats | None = None, sin: Floats | None = None, *,
 
 def attend_one(
     q: Floats,
-    k: Floats,
-    v: Floats,
+    k: Floats | npt.NDArray[np.uint16],
+    v: Floats | npt.NDArray[np.uint16],
     lengths: npt.NDArray[np.int64],
     *,
     threads: int = 1,
@@ -204,6 +204,7 @@ def attend_one(
 ) -> Floats:
     """softmax(q k^T / sqrt(K)) v of one query a row: q (B, H, K), k, v: (B, G, capacity, K), C-contiguous -> (B, H, K).
 
+    uint16 holds bits of bfloat16.
     lengths: (B,), how many places of each row, from the first, hold a key: 1 to capacity. A row's bits depend on no
     other row. ValueError as for the scan.
     """

@@ -51,9 +51,10 @@ def test_a_row_of_a_product_does_not_depend_on_its_company(
 
 
 @pytest.mark.parametrize("simd", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "G", "K"), [(2, 2, 128), (4, 1, 64), (6, 2, 20), (1, 1, 2)])
-def test_the_attention_of_one_query_equals_float64(H: int, G: int, K: int, simd: str) -> None:
-    q, k, v = randn(3, H, 1, K), randn(3, G, 50, K, seed=1), randn(3, G, 50, K, seed=2)
+def test_the_attention_of_one_query_equals_float64(H: int, G: int, K: int, dtype: torch.dtype, simd: str) -> None:
+    q, k, v = randn(3, H, 1, K), randn(3, G, 50, K, seed=1).to(dtype), randn(3, G, 50, K, seed=2).to(dtype)
     lengths = torch.tensor([50, 1, 33])
     y = decode.attend(q, k, v, lengths, simd)
     mask = (torch.arange(50) < lengths[:, None])[:, None, None]
@@ -139,6 +140,21 @@ def test_a_packed_model_gives_a_row_the_same_bits_in_any_company(stack: list[str
     together = model(ids, state=state)
     for row in range(3):
         assert torch.equal(model(ids[row : row + 1], state=alone[row])[0], together[row])
+
+
+@torch.no_grad()
+def test_keys_and_values_are_kept_in_bfloat16_where_that_is_read() -> None:
+    half, full, plain = make(["attn"], torch.bfloat16), make(["attn"]), make(["attn"], torch.bfloat16, "reference")
+    kept = [model.init_state(2, 20).layers[0] for model in (half, full, plain)]
+    assert [s.k.dtype for s in kept] == [torch.bfloat16, torch.float32, torch.float32]  # pyrefly: ignore
+    assert 2 * kept[0].bytes() == kept[1].bytes()
+    state, prompt = half.init_state(1, 20), torch.tensor([[5, 6, 7]])
+    logits = half(prompt, state=state, last_only=True)
+    samples = state.repeat(2)  # their prompt is shared, which torch reads
+    assert samples.layers[0].k.dtype == torch.float32  # pyrefly: ignore
+    ids = torch.tensor([[8], [8]])
+    one, two = half(ids[:1], state=state), half(ids, state=samples)
+    assert (two - one).abs().max() <= 0.02 * one.abs().max() < logits.abs().max()
 
 
 def test_training_drops_the_packing_and_new_weights_are_packed_anew() -> None:

@@ -45,8 +45,11 @@ class AttentionState(BlockState):
         if len(pos) != 1 or self.windowed or self.prefix is not None or not used:
             return self.select(torch.arange(len(pos)).repeat_interleave(n))
         _, G, capacity, K = self.k.shape
-        k, v = (self.k.new_zeros(n, G, capacity - used, K) for _ in range(2))
-        return AttentionState(k, v, self.windowed, (self.k[:, :, :used].clone(), self.v[:, :, :used].clone()))
+        # float32 on a CPU, where torch multiplies a few rows of bfloat16 slowly and our attention has no prefix
+        dtype = torch.float32 if self.k.device.type == "cpu" else self.k.dtype
+        k, v = (self.k.new_zeros(n, G, capacity - used, K, dtype=dtype) for _ in range(2))
+        prefix = tuple(t[:, :, :used].to(dtype, copy=True) for t in (self.k, self.v))
+        return AttentionState(k, v, self.windowed, (prefix[0], prefix[1]))
 
     def join(self, other: "AttentionState") -> "AttentionState":
         assert self.prefix is other.prefix, "rows of two prompts"
@@ -174,7 +177,7 @@ class Attention(nn.Module):
         if ctx.uniform_pos == 0:  # nothing stored yet: pads stand behind every token that could see them
             state.write(k, v, ctx)
             return ctx.kernels.self_attention(q, k, v, self.window, None, ctx.memo)
-        dtype, q, k, v = q.dtype, *(t.to(state.k.dtype) for t in (q, k, v))
+        dtype, k, v = q.dtype, k.to(state.k.dtype), v.to(state.v.dtype)
         if q.size(2) == 1 and ctx.lengths is None:
             state.append(k, v, ctx)
             y = ctx.kernels.attend(q, state.k, state.v, state.lengths(ctx)) if state.prefix is None else None
@@ -182,10 +185,12 @@ class Attention(nn.Module):
                 return y.to(dtype)
             k, v, mask = state.kept(ctx)
             if state.prefix is not None:
-                return shared_prefix_attention(q, *state.prefix, k, v, mask).to(dtype)
+                return shared_prefix_attention(q.to(k.dtype), *state.prefix, k, v, mask).to(dtype)
         else:
             k, v, mask = state.extend(k, v, ctx, self.window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head)
+        y = F.scaled_dot_product_attention(
+            q.to(k.dtype), k, v, attn_mask=mask, enable_gqa=self.n_head != self.n_kv_head
+        )
         return y.to(dtype)
 
 
@@ -214,7 +219,10 @@ class AttentionBlock(Block):
         super().init_weights(generator)
 
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
-        window = self.attn.window
+        """In bfloat16 where that is multiplied in and our own attention reads it: it waits for memory, half as much."""
+        window, c_q = self.attn.window, self.attn.c_q
+        if c_q.packs and c_q.compute_dtype == torch.bfloat16:
+            dtype = torch.bfloat16
         shape = (batch, self.attn.n_kv_head, min(max_len, window) if window else max_len, self.attn.head_dim)
         return AttentionState(
             *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)), windowed=bool(window)

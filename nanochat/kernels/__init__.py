@@ -225,7 +225,7 @@ CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
                 "native",
                 _decode_runs,
                 decode.attend,
-                lambda q, k, v, lengths: k.dtype == torch.float32 and not torch.is_grad_enabled(),
+                lambda q, k, v, lengths: k.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled(),
                 pack=decode.pack,
                 norm=decode.rms_norm,
             )

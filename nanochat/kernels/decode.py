@@ -23,6 +23,11 @@ def available(device: torch.device) -> str | None:
     return native.available(device)
 
 
+def _numbers(x: Tensor) -> np.ndarray:
+    """The same memory as numpy; bfloat16 as its bits, uint16."""
+    return x.detach().view(torch.uint16).numpy() if x.dtype == torch.bfloat16 else x.detach().numpy()
+
+
 def pack(weight: Tensor, simd: str | None = None) -> Callable[[Tensor], Tensor]:
     """weight (N, K) float32 or bfloat16, which is copied -> x (..., K) -> x W^T (..., N) float32.
 
@@ -30,10 +35,7 @@ def pack(weight: Tensor, simd: str | None = None) -> Callable[[Tensor], Tensor]:
     simd: "avx512bf16" | "avx512" | "avx2" | "baseline", for tests; None = the best of this machine.
     """
     assert weight.dtype in (torch.float32, torch.bfloat16), weight.dtype
-    weight = weight.detach().contiguous()
-    bits = weight if weight.dtype == torch.float32 else weight.view(torch.int16)
-    numbers = bits.numpy()
-    packed = native.module().PackedLinear(numbers if numbers.dtype == np.float32 else numbers.view(np.uint16))
+    packed = native.module().PackedLinear(_numbers(weight.contiguous()))
     n, k = weight.shape
 
     def multiply(x: Tensor) -> Tensor:
@@ -45,9 +47,9 @@ def pack(weight: Tensor, simd: str | None = None) -> Callable[[Tensor], Tensor]:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, simd: str | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(K)) v. q: (B, H, 1, K), k, v: (B, G, capacity, K) float32 contiguous, lengths: (B,) int64,
-    how many of the places hold a key -> (B, H, 1, K) float32."""
-    arrays = (t.detach().numpy() for t in (q[:, :, 0].to(torch.float32).contiguous(), k, v, lengths))
+    """softmax(q k^T / sqrt(K)) v. q: (B, H, 1, K), k, v: (B, G, capacity, K) float32 or bfloat16, contiguous, lengths:
+    (B,) int64, how many of the places hold a key -> (B, H, 1, K) float32."""
+    arrays = map(_numbers, (q[:, :, 0].to(torch.float32).contiguous(), k, v, lengths))
     return torch.from_numpy(native.module().attend_one(*arrays, threads=torch.get_num_threads(), simd=simd))[:, :, None]
 
 

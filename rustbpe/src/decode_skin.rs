@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 
-use crate::attend::{self, Attend};
+use crate::attend::{self, Attend, Kept};
 use crate::linear::Packed;
 use crate::norm::{self, Turn};
 use crate::scan_skin::{Any, level, read, shaped, sizes};
@@ -66,25 +66,27 @@ pub fn attend_one<'py>(
     let [rows, heads, size] = sizes("q", q)?;
     let [_, groups, capacity, _] = sizes("k", k)?;
     let kept = [rows, groups, capacity, size];
-    let (q, k, v) = (read("q", q, &[rows, heads, size])?, read("k", k, &kept)?, read("v", v, &kept)?);
+    let q = read("q", q, &[rows, heads, size])?;
     let lengths = read::<i64>("lengths", lengths, &[rows])?;
-    let a = Attend {
-        heads,
-        groups,
-        capacity,
-        size,
-        q: q.as_slice().expect("checked"),
-        k: k.as_slice().expect("checked"),
-        v: v.as_slice().expect("checked"),
-        lengths: lengths.as_slice().expect("checked"),
-    };
+    let (q, lengths) = (q.as_slice().expect("checked"), lengths.as_slice().expect("checked"));
     if heads % groups != 0 {
         return Err(PyValueError::new_err(format!("q has {heads} heads, k {groups}: expected a multiple")));
     }
-    if let Some(wrong) = a.lengths.iter().find(|&&n| n < 1 || n as usize > capacity) {
+    if let Some(wrong) = lengths.iter().find(|&&n| n < 1 || n as usize > capacity) {
         return Err(PyValueError::new_err(format!("lengths: {wrong}, expected 1 to {capacity}")));
     }
-    let y = py.detach(|| attend::attend(&a, threads, level));
+    let answer = |kept| {
+        let a = Attend { heads, groups, capacity, size, q, kept, lengths };
+        py.detach(|| attend::attend(&a, threads, level))
+    };
+    let half: bool = k.getattr("dtype")?.getattr("itemsize")?.extract::<usize>()? == 2;
+    let y = if half {
+        let (k, v) = (read::<u16>("k", k, &kept)?, read::<u16>("v", v, &kept)?);
+        answer(Kept::Half(k.as_slice().expect("checked"), v.as_slice().expect("checked")))
+    } else {
+        let (k, v) = (read::<f32>("k", k, &kept)?, read::<f32>("v", v, &kept)?);
+        answer(Kept::Float(k.as_slice().expect("checked"), v.as_slice().expect("checked")))
+    };
     shaped(py, y, [rows, heads, size])
 }
 
