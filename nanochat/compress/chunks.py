@@ -5,7 +5,6 @@ first. A chunk never crosses documents. It is as many whole sentences as fit k t
 With every chunk expanded the ids are those of plain RAG, so its logits are, too.
 """
 
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanochat.conversation import SENTENCE_END, plain_text
-
-NUMBER = re.compile(r" \[\d+\]\Z")  # of a document, at its end
+from nanochat.conversation import SENTENCE_END, frame, plain_text
 
 
 class Chunk(NamedTuple):
@@ -70,10 +67,10 @@ def cut(tokenizer: Any, ids: Sequence[int], k: int) -> list[Chunk]:
 
 
 def _without_number(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Ids of a document without the number at its end."""
-    found = NUMBER.search(tokenizer.decode(ids, errors="replace"))
-    number = tokenizer.encode_ordinary(found[0]) if found else []
-    return ids[: -len(number)] if number and ids[-len(number) :] == number else ids
+    """Ids of a document without what its frame puts behind it, the number it begins with."""
+    number = tokenizer.decode(ids, errors="replace").partition("]")[0].removeprefix("[")
+    tail = tokenizer.encode_ordinary(frame(int(number), "")[1]) if number.isascii() and number.isdecimal() else []
+    return ids[: -len(tail)] if tail and ids[-len(tail) :] == tail else ids
 
 
 def _sentences(tokenizer: Any, ids: list[int]) -> tuple[int, list[int]]:
