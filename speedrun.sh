@@ -12,7 +12,9 @@
 #   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RL,
 #                                                 _RAG and _REFRAG are those of the stages after it
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
-#   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500)
+#   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500), a fifth of
+#                                                 them from each number of documents
+#   SPEEDRUN_HOP_QUESTIONS=N                      questions to learn searching from (default 12000)
 #   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 4)
@@ -108,9 +110,9 @@ cpu_run() {
         --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" --max_doc_length=64 --absent_share=0.1 --retrieved_share=0.1 \
         --follow_ups=8 --eval_every=0 "${rag[@]}" --resume
     stage rag_eval - python -m scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
-        --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions=100
+        --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions="$(((${SPEEDRUN_RAG_PROBLEMS:-500} + 4) / 5))"
     stage hop_data hop_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --world_size=base --chunk_tokens=0 \
-        --kinds=1hop,2hop,3hop,missing --questions=12000 --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
+        --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-12000}" --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
     stage refrag_finetune "refrag_checkpoints/$TAG" python -m scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
         --examples_per_step=8 "${refrag[@]}" --resume

@@ -23,10 +23,11 @@ def start(base: Path, **env: str) -> subprocess.Popen[str]:
     short = {"GPUS": "0", "SPEEDRUN_MAX_CHARS": "300000", "WANDB_RUN": "dummy", "OMP_NUM_THREADS": "1"}
     short["SPEEDRUN_TRAIN"] = f"{SMALL} --num_iterations=60 --save_every=15"
     short |= dict.fromkeys(("SPEEDRUN_MID", "SPEEDRUN_SFT", "SPEEDRUN_RAG"), "--num_iterations=3 --eval_tokens=1024")
+    short["SPEEDRUN_RAG"] += " --eval_questions=8"
     short["SPEEDRUN_PROBLEMS"] = short["SPEEDRUN_RAG_PROBLEMS"] = "4"
     short["SPEEDRUN_RL"] = "--num_iterations=2 --examples_per_step=2 --num_samples=2 --eval_examples=2"
     short["SPEEDRUN_REFRAG"] = "--num_iterations=2 --eval_tokens=1024 --max_iterations=1 --num_samples=2"
-    short["SPEEDRUN_HOP_PROBLEMS"] = "4"
+    short |= {"SPEEDRUN_HOP_PROBLEMS": "4", "SPEEDRUN_HOP_QUESTIONS": "400"}
     short["SPEEDRUN_ARCH_SECONDS"] = "1"
     full = {**os.environ, "NANOCHAT_BASE_DIR": str(base), **short, **env}
     command = ["bash", str(REPO_DIR / "speedrun.sh")]
