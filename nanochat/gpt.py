@@ -194,7 +194,7 @@ class GPT(nn.Module):
             index = (pos[:, None] + torch.arange(T)).to(ids.device)
             cos, sin = cos[index][:, :, None], sin[index][:, :, None]  # (B, T, 1, K/2)
         cpu_lengths = None if lengths is None else lengths.cpu()
-        few = self.head._pack is not None and not torch.is_grad_enabled() and ids.numel() <= FEW_ROWS
+        few = self.head.packs and not torch.is_grad_enabled() and ids.numel() <= FEW_ROWS
         dtype = torch.float32 if few else self.compute_dtype  # packed weights alone are then narrower
         return Context(ids, cos, sin, self.kernels, dtype, doc, pos, cpu_lengths)
 

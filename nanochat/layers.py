@@ -59,7 +59,7 @@ class Linear(nn.Linear):
 
     @property
     def packs(self) -> bool:
-        """Whether what decodes was laid out for it."""
+        """Whether products of a few rows go through a copy laid out for them."""
         return self._pack is not None
 
     def packed(self, x: Tensor, *linears: "Linear") -> Multiply | None:

@@ -244,7 +244,7 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
     static = {"transformers": peer.batch} if peer is not None else {}
     if "engine" in cfg.parts:
         static["engine"] = Offline(model.model, model.tokenizer, dtype).batch
-    streams = ("ours", "whole") if "whole" in cfg.parts else ("ours",)
+    online = ("ours", "whole") if "whole" in cfg.parts else ("ours",)
     rows = []
     most = max(32, *(clients or 0 for clients, _ in cfg.loads))
     with Server(model, n_threads(cfg), f"--dtype={cfg.dtype}", f"--max_rows={most}", "--max_queue=256") as server:
@@ -255,8 +255,8 @@ def sweep(cfg: BenchServingConfig, model: Served) -> list[dict[str, Any]]:
                 seconds = cfg.seconds if repeat >= 0 else min(1.0, cfg.seconds)
                 for clients, rate in cfg.loads:
                     asked = bodies(cfg, lengths, ordinary, config.seq_len, 1000 * (repeat + 1) + (clients or 999))
-                    for name in (*streams, *(static if clients is not None else ())):
-                        if name in streams:
+                    for name in (*online, *(static if clients is not None else ())):
+                        if name in online:
                             given = asked if name == "ours" else map(unstreamed, asked)
                             level = asyncio.run(_offer(server.port, given, clients, rate, seconds, repeat))
                         else:

@@ -18,6 +18,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.checkpoint import checkpoint_dir, checkpoint_meta, list_steps, load_checkpoint, load_model
@@ -156,11 +157,15 @@ class Data:
     def tool(self, cfg: MultihopConfig, tokenizer: Tokenizer, level: Level | None = None, kb: Any = None) -> Tool:
         """The search tool, at the end of the curriculum or at a level of it. kb: another's names for this one's."""
         level = level or Level(cfg.max_hops, cfg.top_k_per_hop)
-        always = gold_ids(self.train) if level.corpus < 1 else ()
         return make_tool(
-            tokenizer, kb or self.kb, level.top_k, cfg.max_doc_length, cfg.searches, cfg.retriever_type, level.corpus,
-            always,
+            tokenizer, self.kb if kb is None else kb, level.top_k, cfg.max_doc_length, cfg.searches, cfg.retriever_type,
+            level.corpus, self.gold if level.corpus < 1 else (),
         )  # fmt: skip
+
+    @cached_property
+    def gold(self) -> frozenset[str]:
+        """What the training questions rest on, which a smaller corpus keeps: each step of training has a tool."""
+        return gold_ids(self.train)
 
 
 def open_data(cfg: MultihopConfig) -> Data:
@@ -240,7 +245,6 @@ class Learner:
     order: HopOrder
     curriculum: Curriculum
     cost: Cost
-
     names: Names  # the ways to exchange those of the training questions
 
     def examiner(self, rows: Sequence[Row]) -> Actor:

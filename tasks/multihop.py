@@ -212,7 +212,8 @@ class Elsewhere(Sequence[Row]):
 
     def search(self, queries: Sequence[str], **how: Any) -> list[list[Hit]]:
         """What KnowledgeBase.search finds for queries with the names exchanged back, in the exchanged names."""
-        found = self.kb.search([relabel(query, self.names.back) for query in queries], **how)
+        back = self.names.back
+        found = self.kb.search([relabel(query, back) for query in queries], **how)
         return [[self._renamed(hit) for hit in hits] for hits in found]
 
     def _renamed(self, hit: Hit) -> Hit:

@@ -8,6 +8,11 @@ use crate::linear::Packed;
 use crate::norm::{self, Turn};
 use crate::scan_skin::{Any, level, read, shaped, sizes};
 
+/// Whether an array holds bits of bfloat16; what else is wrong with it is found where it is read.
+fn is_half(array: &Any<'_>) -> PyResult<bool> {
+    Ok(array.getattr("dtype")?.getattr("itemsize")?.extract::<usize>()? == 2)
+}
+
 /// A weight (N, K), packed.
 #[pyclass(frozen, module = "rustbpe")]
 pub struct PackedLinear(Packed);
@@ -17,8 +22,7 @@ impl PackedLinear {
     #[new]
     fn new(py: Python<'_>, weight: &Any<'_>) -> PyResult<PackedLinear> {
         let shape @ [_, inputs] = sizes("weight", weight)?;
-        let half: bool = weight.getattr("dtype")?.getattr("itemsize")?.extract::<usize>()? == 2;
-        Ok(PackedLinear(if half {
+        Ok(PackedLinear(if is_half(weight)? {
             let weight = read::<u16>("weight", weight, &shape)?;
             let weight = weight.as_slice().expect("checked");
             py.detach(|| Packed::half(weight, inputs))
@@ -79,8 +83,7 @@ pub fn attend_one<'py>(
         let a = Attend { heads, groups, capacity, size, q, kept, lengths };
         py.detach(|| attend::attend(&a, threads, level))
     };
-    let half: bool = k.getattr("dtype")?.getattr("itemsize")?.extract::<usize>()? == 2;
-    let y = if half {
+    let y = if is_half(k)? {
         let (k, v) = (read::<u16>("k", k, &kept)?, read::<u16>("v", v, &kept)?);
         answer(Kept::Half(k.as_slice().expect("checked"), v.as_slice().expect("checked")))
     } else {
