@@ -60,6 +60,10 @@ class Base:
     def search(self, queries: list[str], k: int) -> Sequence[Any]:
         return self.kb.search(queries, k)
 
+    def read(self, queries: list[str], k: int) -> list[str]:
+        """As search, and every text found is read."""
+        return [hit.chunk.text for hits in self.kb.search(queries, k) for hit in hits]
+
     def add(self, texts: list[str]) -> None:
         self.kb.add(self.documents(texts, first=10**9))
 
@@ -201,6 +205,8 @@ def search_figures(engine: Any, job: dict[str, Any]) -> Figures:
         given = rates(lambda chosen: engine.search_tokens(chosen, k), tokens, job["seconds"])
         figures |= {f"{name}_tokens": value for name, value in given.items()}
     if isinstance(engine, Base):
+        given = rates(lambda chosen: engine.read(chosen, k), questions, job["seconds"])
+        figures |= {f"{name}_read": value for name, value in given.items()}
         texts = read_texts(job["passages"], job["n"], None)
         start = time.perf_counter()
         engine.add(texts)

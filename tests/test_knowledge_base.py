@@ -1,9 +1,11 @@
 """Knowledge bases: versions that are whole whatever happens to the writer, damage that is named, filters, ids."""
 
+import copy
 import errno
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -651,6 +653,23 @@ def test_building_over_a_base_keeps_its_readers(tmp_path: Path) -> None:
     assert len(old.search("house", k=50)) == 20
     old.refresh()
     assert ids(old) == ids(new)
+
+
+def test_hits_are_of_the_version_searched_whenever_they_are_read(tmp_path: Path) -> None:
+    kb = build(tmp_path, chunk_tokens=4)
+    found, same = (kb.search("Text 7 house", k=30) for _ in range(2))
+    assert pickle.loads(pickle.dumps(same)) == same
+    assert kb.delete([same[0].document.id]) == 1
+    for _ in range(3):  # the files of that version are gone
+        kb.add(make(1, "e"), replace=True)
+        kb.compact()
+    kb.close()
+    shutil.rmtree(kb.path)
+    assert found == same and copy.copy(found[0]) == same[0]
+    for hit in found:
+        assert hit.chunk.text == hit.document.text[hit.chunk.start : hit.chunk.end]
+    with pytest.raises(AttributeError, match="'documents'"):
+        found[0].documents  # noqa: B018
 
 
 def test_a_base_made_anew_at_the_same_place_is_seen(tmp_path: Path) -> None:

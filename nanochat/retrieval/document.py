@@ -1,7 +1,7 @@
 """What goes into a knowledge base and what comes out of a search."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,8 @@ class Hit:
     """One answer of a search. rank counts from 1; score grows with relevance, its scale is the retriever's.
 
     source: name of the retriever. trace: how a multi-hop search came here, first hop first; empty otherwise.
+    document and chunk of a hit that a search gave are read from the base when first asked for, and then kept: who wants
+    ranks and scores of many queries pays for no text. The version searched stays mapped until they are.
     """
 
     document: Document
@@ -47,6 +49,30 @@ class Hit:
     rank: int
     source: str
     trace: tuple[str, ...] = ()
+
+    @staticmethod
+    def unread(
+        read: Callable[[int], tuple[Document, Chunk]],
+        id: int,
+        score: float,
+        rank: int,
+        source: str,
+        trace: tuple[str, ...],
+    ) -> "Hit":
+        """A hit whose document and chunk are read(id)."""
+        hit = object.__new__(Hit)
+        hit.__dict__.update(score=score, rank=rank, source=source, trace=trace, _read=read, _id=id)
+        return hit
+
+    def __getattr__(self, name: str) -> Any:  # asked for what is not there yet
+        if name not in ("document", "chunk") or "_read" not in self.__dict__:
+            raise AttributeError(f"a Hit has no {name!r}")
+        document, chunk = self.__dict__["_read"](self.__dict__["_id"])
+        self.__dict__.update(document=document, chunk=chunk)
+        return self.__dict__[name]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hit, (self.document, self.chunk, self.score, self.rank, self.source, self.trace)
 
 
 def batches(documents: Iterable[Document], most: int, characters: int) -> Iterator[list[Document]]:

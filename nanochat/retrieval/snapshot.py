@@ -139,8 +139,18 @@ class Snapshot:
             best = self._ranked(opened, several, k if mmr is None else max(4 * k, 50), allowed, per_document)
             for i, hits in zip(asked, best, strict=True):
                 found[i] = hits if mmr is None else self._diverse(hits, k, mmr)
-        cache: dict[tuple[Path, int], Document] = {}
-        return [[self._hit(cache, *hit, rank, retriever) for rank, hit in enumerate(row, 1)] for row in found]
+        unread, read = Hit.unread, self.read
+        return [
+            [unread(read, id, score, rank, retriever, trace) for rank, (id, score, trace) in enumerate(row, 1)]
+            for row in found
+        ]
+
+    def read(self, id: int) -> tuple[Document, Chunk]:
+        """A chunk, and the document it is of."""
+        segment, chunk = self._locate(id)
+        start, end = segment.starts.item(chunk), segment.ends.item(chunk)
+        document = segment.document(segment.document_of.item(chunk))
+        return document, Chunk(start, end, document.text[start:end])
 
     def _ranked(
         self, retriever: Retriever, queries: list[str], k: int, allowed: np.ndarray | None, per_document: int
@@ -185,22 +195,6 @@ class Snapshot:
     def _diverse(self, hits: list[Found], k: int, weight: float) -> list[Found]:
         sets = [set(words(text)) for text in self.texts([hit[0] for hit in hits])]
         return [hits[i] for i in rank_mmr(sets, [hit[1] for hit in hits], weight, k)]
-
-    def _hit(
-        self,
-        cache: dict[tuple[Path, int], Document],
-        id: int,
-        score: float,
-        trace: tuple[str, ...],
-        rank: int,
-        source: str,
-    ) -> Hit:
-        segment, chunk = self._locate(id)
-        row, start, end = segment.document_of.item(chunk), segment.starts.item(chunk), segment.ends.item(chunk)
-        document = cache.get((segment.folder, row))
-        if document is None:
-            document = cache[segment.folder, row] = segment.document(row)
-        return Hit(document, Chunk(start, end, document.text[start:end]), score, rank, source, tuple(trace))
 
     def _allowed(self, where: dict[str, Any] | None) -> np.ndarray | None:
         """(n_chunks,) bool, or None where every chunk may be found."""
