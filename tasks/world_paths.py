@@ -54,7 +54,10 @@ class Articles:
         if self.max_facts is None:
             return [ids + moved]
         ids = Dice(VERSION, self.world.seed, self.world.split, "parts", entity).shuffled(ids) + moved
-        return [ids[i : i + self.max_facts] for i in range(0, len(ids), self.max_facts)] or [[]]
+        n = max(1, -(-len(ids) // self.max_facts))  # as few documents as it takes, their facts as equal as can be
+        size, longer = divmod(len(ids), n)
+        ends = [(i + 1) * size + min(i + 1, longer) for i in range(n)]
+        return [ids[a:b] for a, b in zip([0, *ends], ends, strict=False)]
 
     def id(self, place: Place) -> str:
         entity, part = place
