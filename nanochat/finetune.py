@@ -56,15 +56,14 @@ def start_from(cfg: FinetuneConfig, stage: str) -> Start:
     inherited = inherit(cfg, meta.get("train_config", {}), keys, f"{cfg.source} {tag}")
     cfg = dataclasses.replace(cfg, **inherited, model_tag=tag, step=meta["step"])
     T, B = _positive(cfg.max_seq_len, "max_seq_len", 2), _positive(cfg.device_batch_size, "device_batch_size", 1)
-    if model.config.seq_len < T:
-        raise UserError(
-            f"max_seq_len={T}, but {cfg.source} {tag} was trained on {model.config.seq_len} tokens: "
-            f"use --max_seq_len={model.config.seq_len}, or train a base model with longer rows"
-        )
-    run = Run.start(stage, tag, cfg)
+    trained = model.config.seq_len
+    run = Run.start(stage, cfg.out_tag or tag, cfg)
     run.print(f"start: {cfg.source} {tag}, step {meta['step']}: {model.n_params()['total'] / 1e6:.2f}M parameters")
     run.print(f"blocks: {' '.join(entry_names(model.config.block_pattern, model.config.n_layer))}")
     run.print(f"kernels: {model.kernels.reason}")
+    if trained < T:
+        model.extend(T)
+        run.print(f"context: {T} tokens, {trained} before: what is further away is learnt in this stage")
     if inherited:
         run.print("from its training: " + ", ".join(f"{k}={v}" for k, v in inherited.items()))
     return Start(cfg, run, model, tokenizer, meta, T, B, cfg.total_batch_size or 0)
@@ -115,12 +114,13 @@ def make_loop(start: Start, train: Conversations) -> Loop:
     )
     if cfg.warm_start:
         run.print(_warm_start(start, optimizer))
+    saved_as = dataclasses.replace(cfg, model_tag=run.model_tag)
     return Loop(
         run, model, optimizer, num_iterations=steps, grad_accum=grad_accum, tokens_per_step=tokens_per_step,
         flops_per_token=model.flops_per_token(start.T), grad_clip=cfg.grad_clip or 0.0,
         schedule=(cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac), log_every=cfg.log_every,
         keep_last=cfg.keep_last,
-        meta=checkpoint_meta(model, start.tokenizer, cfg, (cfg.source, cfg.model_tag, start.meta["step"])),
+        meta=checkpoint_meta(model, start.tokenizer, saved_as, (cfg.source, cfg.model_tag, start.meta["step"])),
     )  # fmt: skip
 
 
@@ -239,8 +239,8 @@ def _report(
     cfg, meta, config = start.cfg, loop.meta, loop.model.config
     before, lowest = meta.get("before", {}), meta.get("lowest", {})
     metrics = {
-        "model_tag": cfg.model_tag,
-        "source": f"{cfg.source}, step {cfg.step}",
+        "model_tag": start.run.model_tag,
+        "source": f"{cfg.source} {cfg.model_tag}, step {cfg.step}",
         "blocks": " ".join(entry_names(config.block_pattern, config.n_layer)),
         "tasks": ", ".join(tasks),
         "steps": loop.num_iterations,

@@ -98,6 +98,12 @@ class GPT(nn.Module):
                 if isinstance(m, Linear):
                     m.pack(pack)
 
+    def extend(self, seq_len: int) -> None:
+        """Take rows longer than the model was trained on, positions counted as before. Windows stay what they are."""
+        config = self.config
+        window = config.window or max(1, config.seq_len // 4) if "S" in config.window_pattern else config.window
+        self.config = dataclasses.replace(config, seq_len=seq_len, window=window)
+
     @property
     def layers(self) -> list[Block]:
         return list(self.blocks)  # pyrefly: ignore

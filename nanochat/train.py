@@ -270,9 +270,10 @@ class Loop:
         if newest is None:
             self.run.forget_after(-1)
         elif not resume:
+            other = "--out_tag" if "out_tag" in self.meta.get("train_config", {}) else "--model_tag"
             raise UserError(
                 f"{self.run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
-                f"or choose another --model_tag, or remove the folder"
+                f"or choose another {other}, or remove the folder"
             )
         return newest
 

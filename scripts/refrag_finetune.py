@@ -69,7 +69,6 @@ class MultihopConfig(FinetuneConfig, RLKeys):
 
     mode: Annotated[Literal["multihop", "compress"], "what is learnt"] = "multihop"
     source: Annotated[str, "stage to start from"] = "rag"
-    out_tag: Annotated[str, "folder of the result; empty = model_tag"] = ""
     # searching
     knowledge_base: Annotated[str, "folder made by prepare_rag_dataset, of questions with hops"] = ""
     retriever_type: Annotated[str | None, "simple, bm25, dense, hybrid, ...; none = the knowledge base's own"] = None
@@ -182,15 +181,13 @@ def open_data(cfg: MultihopConfig) -> Data:
 def cold_start(cfg: MultihopConfig, data: Data) -> str:
     """Imitate the oracle's searches -> the tag of the checkpoint."""
     start = start_from(cfg, "refrag")
-    result = cfg.out_tag or start.run.model_tag
-    tag = f"{result}_cold" if cfg.use_rewards else result
+    tag = f"{start.run.model_tag}_cold" if cfg.use_rewards else start.run.model_tag
     start = dataclasses.replace(start, run=renamed(start.run, tag))
     if cfg.resume and finished(tag):
         start.run.print(f"cold start: finished before, {start.run.dir}")
         return tag
     train, val = (trajectories(cfg, start, data, split) for split in ("train", "val"))
     loop, rows = make_loop(start, train), val_rows(start, val)
-    loop.meta["train_config"]["model_tag"] = tag
     cursor = loop.begin(cfg.resume)
     forward = compile_model(start.model) if cfg.compile else start.model
     with open_batches(start, train, cursor) as batches, memory_advice(start.B, start.T):

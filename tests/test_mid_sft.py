@@ -339,7 +339,7 @@ def test_a_config_that_contradicts_the_checkpoint_names_both(pretrained: Path, t
         (["--source=mid"], "make one by `python -m scripts.mid_train`"),
         (["--model_tag=x"], "make one by `python -m scripts.base_train`"),
         (["--model_tag=", "--depth=20"], "base_checkpoints/d20: make one by"),
-        (["--max_seq_len=128"], "was trained on 64 tokens: use --max_seq_len=64"),
+        (["--max_seq_len=1"], "max_seq_len=1: expected at least 2"),
         (["--device_batch_size=3"], "use --total_batch_size="),
         (["--total_batch_size=256", "--target_examples_per_step=8"], "give one"),
         (["--num_epochs=0"], "nothing says how long to train"),
@@ -352,6 +352,25 @@ def test_what_cannot_work_is_one_line(pretrained: Path, arguments: list[str], me
         mid_train.main([*CHAT, chats(pretrained), *arguments])
     assert message in str(e.value) and "\n" not in str(e.value)
     assert not list(pretrained.glob("mid_checkpoints/*/step_*"))
+
+
+def test_longer_rows_make_the_context_longer(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longer = ["--max_seq_len=128", "--device_batch_size=2", "--total_batch_size=256", "--num_iterations=2"]
+    mid_train.main([*CHAT, chats(pretrained), *longer, "--eval_every=-1"])
+    assert "context: 128 tokens, 64 before" in capsys.readouterr().out
+    model, _, meta = load_model("mid", torch.device("cpu"), "t")
+    assert model.config.seq_len == meta["train_config"]["max_seq_len"] == 128
+    assert model(torch.zeros(1, 128, dtype=torch.long)).shape[1] == 128
+
+
+def test_a_stage_may_go_on_from_its_own_model_under_another_name(pretrained: Path) -> None:
+    short = [*CHAT, chats(pretrained), "--num_iterations=1", "--eval_every=-1"]
+    mid_train.main(short)
+    with pytest.raises(UserError, match="choose another --out_tag"):
+        mid_train.main([*short, "--source=mid"])
+    mid_train.main([*short, "--source=mid", "--out_tag=u"])
+    meta = load_model("mid", torch.device("cpu"), "u")[2]
+    assert meta["train_config"]["model_tag"] == "u" and meta["source"] == {"stage": "mid", "model_tag": "t", "step": 1}
 
 
 def test_which_of_several_models_is_asked_for(pretrained: Path) -> None:
