@@ -24,7 +24,7 @@ T = TypeVar("T")
 STAGE_KEYS = frozenset(
     """
     depth aspect_ratio d_model n_head n_kv_head head_dim vocab_size max_seq_len block_pattern window_pattern window
-    mlp_ratio value_embeddings residual_scalars head_tie softcap rope_base
+    mlp_ratio attn_conv value_embeddings residual_scalars head_tie softcap rope_base
     mlp mamba_d_state mamba_d_conv mamba_expand mamba_use_mlp mamba2_d_state mamba2_head_dim mamba2_n_group
     gdn_head_dim gdn_expand gdn_expand_v ssm_lr doc_mask
     num_iterations target_flops target_param_data_ratio device_batch_size total_batch_size grad_clip weight_decay

@@ -31,6 +31,7 @@ class Architecture:
     rope_base: float | None = None
     window_pattern: str | None = None
     window: int | None = None
+    attn_conv: int | None = None
     value_embeddings: bool | None = None
     residual_scalars: bool | None = None
     head_tie: float | None = None
@@ -70,12 +71,13 @@ class FinetuneConfig(Architecture):
 
     # the model
     source: Annotated[str, "stage to start from"] = "base"
-    model_tag: Annotated[str, "folder of the checkpoint, and of this run; empty = d<depth>, or the only one"] = ""
+    model_tag: Annotated[str, "folder of the checkpoint to start from; empty = d<depth>, or the only one"] = ""
+    out_tag: Annotated[str, "folder of this run; empty = model_tag"] = ""
     step: Annotated[int | None, "step of the checkpoint; none = the newest"] = None
     # the conversations
     tasks: Annotated[list | None, "names and .jsonl files, as a,b:1000 (tasks/mixtures.py); none = embedded"] = None
     identity: Annotated[str, "a .jsonl of conversations about who the model is, in place of the embedded ones"] = ""
-    max_seq_len: Annotated[int | None, "tokens of a row"] = None
+    max_seq_len: Annotated[int | None, "tokens of a row; more than the checkpoint's make its context longer"] = None
     # how long
     num_iterations: Annotated[int, "optimizer steps; -1 = from num_epochs"] = -1
     num_epochs: Annotated[float, "times every conversation is seen, about"] = 1.0

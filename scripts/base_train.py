@@ -55,6 +55,7 @@ class BaseTrainConfig:
     rope_base: Annotated[float, "base of the rotary frequencies"] = 10000.0
     window_pattern: Annotated[str, "attention layers: L full, S sliding window; tiled, the last is always L"] = "L"
     window: Annotated[int, "tokens an S layer sees; 0 = max_seq_len / 4"] = 0
+    attn_conv: Annotated[int, "width of a short causal convolution ahead of attention; 0 = none"] = 0
     value_embeddings: Annotated[bool, "gated token embeddings added to the values of every second layer"] = False
     residual_scalars: Annotated[bool, "learned scale of the residual and of the embedding before each block"] = False
     head_tie: Annotated[float, "share of each normed token embedding in the head (layers.Head); 0 = untied"] = 0.0

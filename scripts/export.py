@@ -76,6 +76,8 @@ def obstacle(config: Any, blocks: Sequence[Block]) -> str | None:
             return f"a {type(block).__name__} (layer {i})"
         if block.attn.value_embed is not None:
             return "value_embeddings"
+        if block.attn.conv_weight is not None:
+            return "attn_conv"
         if 0 < block.attn.window < config.seq_len:
             return f"a window of {block.attn.window} tokens in layer {i}"
         shapes.add((block.attn.n_kv_head, 0 if block.mlp is None else block.mlp.c_fc.out_features))

@@ -128,6 +128,7 @@ def test_base_eval_takes_the_folder(base: Path, tok: Tokenizer) -> None:
         ({"block_pattern": ["attn", "mamba"]}, r"a MambaBlock \(layer 1\): use --format=safetensors"),
         ({"value_embeddings": True}, "value_embeddings"),
         ({"residual_scalars": True}, "residual_scalars"),
+        ({"attn_conv": 4}, "attn_conv"),
         ({"window_pattern": "SL", "window": 8}, "a window of 8 tokens in layer 0"),
         ({"mlp": False}, "without an MLP"),
         ({"block_pattern": ["attn", {"block": "attn", "n_kv_head": 2}]}, "layers that differ"),

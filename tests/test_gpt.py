@@ -29,6 +29,7 @@ SMALL = dataclasses.replace(
 STACKS = {  # every block alone, and each at the beginning and at the end of a stack
     "plain": PLAIN,
     "rich": RICH,
+    "conv": dataclasses.replace(RICH, n_layer=2, attn_conv=4),
     "M": dataclasses.replace(SMALL, block_pattern="M"),
     "M2": dataclasses.replace(SMALL, block_pattern="M2"),
     "G": dataclasses.replace(SMALL, block_pattern="G", mamba_use_mlp=True),
@@ -132,6 +133,13 @@ def test_rows_that_share_a_prefix_may_stand_at_different_positions(model: GPT) -
 
 
 @torch.no_grad()
+def test_a_layer_may_have_a_convolution_of_its_own() -> None:
+    pattern = ["attn", {"block": "attn", "attn_conv": 3}]
+    first, second = GPT(dataclasses.replace(PLAIN, n_layer=2, block_pattern=pattern)).layers
+    assert (first.KERNELS, second.KERNELS) == (("attention",), ("attention", "conv"))
+    assert [p.shape for p in second.param_groups()["ssm"]] == [(64, 3)] and "ssm" not in first.param_groups()
+
+
 def test_a_window_keeps_a_ring_of_its_size() -> None:
     model = make(RICH)
     state = model.init_state(1, 1000)
@@ -286,6 +294,10 @@ def test_costs_are_counted_from_the_shapes() -> None:
         "blocks": 12 * D * D * L,
         "total": 2 * V * D + 12 * D * D * L,
     }
+    conv = GPT(dataclasses.replace(PLAIN, attn_conv=4))
+    assert conv.flops_per_token() - model.flops_per_token() == 6 * 4 * D * L
+    assert conv.state_bytes(10) - model.state_bytes(10) == 2 * 3 * D * L
+    assert conv.init_state(2, 10).bytes() - model.init_state(2, 10).bytes() == 2 * 4 * 3 * D * L
     assert GPT(RICH).state_bytes(1000) < GPT(dataclasses.replace(RICH, window_pattern="L")).state_bytes(1000)
 
 
@@ -295,9 +307,20 @@ def test_impossible_shapes_are_refused_with_the_cure() -> None:
         ({"n_kv_head": 3, "n_head": 4}, "n_head=4 is no multiple of n_kv_head=3"),
         ({"window_pattern": "X"}, "letters S and L"),
         ({"n_layer": 0}, "must be > 0"),
+        ({"attn_conv": 1}, "attn_conv=1: expected 0"),
     ):
         with pytest.raises(UserError, match=text):
             dataclasses.replace(PLAIN, **change)
+
+
+def test_a_longer_context_leaves_windows_and_short_rows_alone() -> None:
+    model = make(dataclasses.replace(PLAIN, window_pattern="SL"))
+    before = model(IDS)
+    model.extend(64)
+    assert torch.equal(model(IDS), before)
+    again = GPT(model.config)
+    again.load_state_dict(model.state_dict())
+    assert again.config.seq_len == 64 and torch.equal(again.eval()(IDS), before)
 
 
 def test_a_state_that_is_full_says_so() -> None:

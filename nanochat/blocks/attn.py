@@ -1,7 +1,8 @@
 """Attention block ("attn"): grouped-query causal attention with RoPE and QK norm, then by default a ReLU^2 MLP.
 
 Optional: a sliding window on some layers (arXiv 2004.05150), gated value embeddings (as in modded-nanogpt,
-after arXiv 2410.17897).
+after arXiv 2410.17897), a short causal convolution of what queries, keys and values are made of, added to it, so that
+a key knows the tokens before its own (as the first of the Canon layers, Allen-Zhu, Physics of Language Models 4.1).
 """
 
 import torch
@@ -9,7 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig
+from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, RecurrentState
+from nanochat.blocks.mamba import convolve, init_conv
 from nanochat.blocks.pattern import entry_names
 from nanochat.layers import Embedding, Linear, init_uniform, linear_together
 from nanochat.ops import attention_mask, shared_prefix_attention
@@ -23,9 +25,17 @@ class AttentionState(BlockState):
     Rows sampled from one prompt share its keys and values: `prefix`, stored once, comes before what each row keeps.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, windowed: bool, prefix: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        k: Tensor,
+        v: Tensor,
+        windowed: bool,
+        prefix: tuple[Tensor, Tensor] | None = None,
+        conv: RecurrentState | None = None,
+    ) -> None:
         self.k, self.v, self.windowed = k, v, windowed  # (B, G, capacity, K)
         self.prefix = prefix  # two of (1, G, S0, K)
+        self.conv = conv  # "conv": (B, D, W - 1), where there is a convolution
 
     @property
     def capacity(self) -> int:
@@ -38,7 +48,8 @@ class AttentionState(BlockState):
 
     def select(self, rows: Tensor) -> "AttentionState":
         rows = rows.to(self.k.device)
-        return AttentionState(self.k.index_select(0, rows), self.v.index_select(0, rows), self.windowed, self.prefix)
+        k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+        return AttentionState(k, v, self.windowed, self.prefix, None if self.conv is None else self.conv.select(rows))
 
     def repeat(self, n: int, pos: Tensor) -> "AttentionState":
         used = int(pos[0])
@@ -49,15 +60,18 @@ class AttentionState(BlockState):
         dtype = torch.float32 if self.k.device.type == "cpu" else self.k.dtype
         k, v = (self.k.new_zeros(n, G, capacity - used, K, dtype=dtype) for _ in range(2))
         prefix = tuple(t[:, :, :used].to(dtype, copy=True) for t in (self.k, self.v))
-        return AttentionState(k, v, self.windowed, (prefix[0], prefix[1]))
+        conv = None if self.conv is None else self.conv.select(torch.zeros(n, dtype=torch.long))
+        return AttentionState(k, v, self.windowed, (prefix[0], prefix[1]), conv)
 
     def join(self, other: "AttentionState") -> "AttentionState":
         assert self.prefix is other.prefix, "rows of two prompts"
         k, v = torch.cat((self.k, other.k)), torch.cat((self.v, other.v))
-        return AttentionState(k, v, self.windowed, self.prefix)
+        conv = None if self.conv is None or other.conv is None else self.conv.join(other.conv)
+        return AttentionState(k, v, self.windowed, self.prefix, conv)
 
     def bytes(self) -> int:
-        return sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
+        tail = 0 if self.conv is None else self.conv.bytes()
+        return tail + sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
 
     def slot_positions(self, pos: Tensor, n_slots: int) -> Tensor:
         """Which position each of the first n_slots holds after pos tokens, (B, n_slots); negative where empty."""
@@ -141,6 +155,8 @@ class Attention(nn.Module):
         super().__init__()
         D, self.n_head, self.n_kv_head, self.head_dim = config.d_model, config.n_head, config.kv_heads, config.head_dim
         self.window = window
+        W = config.attn_conv
+        self.conv_weight = nn.Parameter(torch.empty(D, W)) if W else None
         self.c_q = Linear(D, self.n_head * self.head_dim)
         self.c_k = Linear(D, self.n_kv_head * self.head_dim)
         self.c_v = Linear(D, self.n_kv_head * self.head_dim)
@@ -154,6 +170,8 @@ class Attention(nn.Module):
         for linear in (self.c_q, self.c_k, self.c_v):
             init_uniform(linear.weight, generator)
         nn.init.zeros_(self.c_proj.weight)
+        if self.conv_weight is not None:
+            init_conv(self.conv_weight, None, generator)
         if self.value_embed is not None and self.value_gate is not None:
             init_uniform(self.value_embed.weight, generator, std=self.c_v.weight.size(1) ** -0.5)
             nn.init.zeros_(self.value_gate.weight)
@@ -161,6 +179,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: Context, state: AttentionState | None) -> Tensor:
         B, T, _ = x.shape
         H, G, K = self.n_head, self.n_kv_head, self.head_dim
+        if self.conv_weight is not None:
+            tail = None if state is None else state.conv
+            x = x + convolve(x, self.conv_weight, None, ctx, tail, activation=None)
         qkv = linear_together(x, self.c_q, self.c_k, self.c_v).view(B, T, H + 2 * G, K)
         qk, v = qkv[:, :, : H + G], qkv[:, :, H + G :]
         if self.value_embed is not None and self.value_gate is not None:
@@ -208,6 +229,8 @@ class AttentionBlock(Block):
         short = config.window_pattern[ordinal % len(config.window_pattern)] == "S" and not last
         window = (config.window or max(1, config.seq_len // 4)) if short else 0
         window = self.option("window", window) or 0
+        if config.attn_conv:
+            self.KERNELS = (*self.KERNELS, "conv")
         self.attn = Attention(config, window, config.value_embeddings and (n_attn - 1 - ordinal) % 2 == 0)
 
     def mix(self, x: Tensor, ctx: Context, state: BlockState | None) -> Tensor:
@@ -221,16 +244,21 @@ class AttentionBlock(Block):
     def init_state(self, batch: int, max_len: int, device: torch.device, dtype: torch.dtype) -> AttentionState:
         """In bfloat16 where that is multiplied in and our own attention reads it: it waits for memory, half as much."""
         window, c_q = self.attn.window, self.attn.c_q
-        if c_q.packs and c_q.compute_dtype == torch.bfloat16:
-            dtype = torch.bfloat16
+        kept = torch.bfloat16 if c_q.packs and c_q.compute_dtype == torch.bfloat16 else dtype
         shape = (batch, self.attn.n_kv_head, min(max_len, window) if window else max_len, self.attn.head_dim)
-        return AttentionState(
-            *(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2)), windowed=bool(window)
-        )
+        k, v = (torch.zeros(shape, device=device, dtype=kept) for _ in range(2))
+        conv, weight = None, self.attn.conv_weight
+        if weight is not None:
+            tail = torch.zeros(batch, len(weight), weight.size(1) - 1, device=device, dtype=dtype)
+            conv = RecurrentState(conv=tail)
+        return AttentionState(k, v, bool(window), conv=conv)
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = super().param_groups()
-        gate = self.attn.value_gate
+        gate, conv = self.attn.value_gate, self.attn.conv_weight
+        if conv is not None:  # at the rate of other short convolutions
+            groups["scalar"] = [p for p in groups["scalar"] if p is not conv]
+            groups["ssm"] = [conv]
         if gate is not None:  # a gate of few channels is no matrix for Muon
             groups["matrix"] = [p for p in groups["matrix"] if p is not gate.weight]
             groups["scalar"] += gate.parameters()
@@ -238,8 +266,10 @@ class AttentionBlock(Block):
 
     def flops_per_token(self, seq_len: int) -> int:
         seen = min(seq_len, self.attn.window or seq_len)
-        return super().flops_per_token(seq_len) + 12 * self.attn.n_head * self.attn.head_dim * seen
+        taps = 0 if self.attn.conv_weight is None else self.attn.conv_weight.numel()
+        return super().flops_per_token(seq_len) + 12 * self.attn.n_head * self.attn.head_dim * seen + 6 * taps
 
     def state_bytes(self, context_len: int) -> int:
         kept = min(context_len, self.attn.window or context_len)
-        return 2 * 2 * self.attn.n_kv_head * self.attn.head_dim * kept
+        tail = 0 if self.attn.conv_weight is None else self.attn.conv_weight[:, 1:].numel()
+        return 2 * (2 * self.attn.n_kv_head * self.attn.head_dim * kept + tail)

@@ -34,6 +34,7 @@ class GPTConfig:
     softcap: float = 0.0  # logits become softcap * tanh(logits / softcap); 0 = off
     window_pattern: str = "L"  # tiled over the attention layers: L full context, S sliding window; the last is always L
     window: int = 0  # tokens an S layer sees; 0 = seq_len / 4
+    attn_conv: int = 0  # width of a short causal convolution ahead of queries, keys and values; 0 = none
     value_embeddings: bool = False  # every second attention layer adds a gated embedding of the token to its values
     residual_scalars: bool = False  # x <- a_i x + b_i x_0 before block i, both learned
     mlp: bool | None = None  # an MLP after the mixer; None = attention has one, the others as mamba_use_mlp says
@@ -59,6 +60,8 @@ class GPTConfig:
             raise UserError(f"head_dim={self.head_dim} is odd, rotary embedding needs pairs: change d_model or n_head")
         if self.n_head % self.kv_heads:
             raise UserError(f"n_head={self.n_head} is no multiple of n_kv_head={self.n_kv_head}: change one of them")
+        if self.attn_conv < 0 or self.attn_conv == 1:
+            raise UserError(f"attn_conv={self.attn_conv}: expected 0 (none) or a width of at least 2")
         if self.mamba_d_state < 1 or self.mamba_d_conv < 2 or self.mamba_expand < 1:
             raise UserError(
                 f"mamba_d_state={self.mamba_d_state}, mamba_d_conv={self.mamba_d_conv}, mamba_expand="
@@ -160,7 +163,7 @@ class Block(nn.Module):
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()  # keys of a pattern entry that are no field of GPTConfig, see option()
-    KERNELS: ClassVar[tuple[str, ...]] = ()  # operations it calls on ctx.kernels, so that a choice can name them
+    KERNELS: tuple[str, ...] = ()  # operations it calls on ctx.kernels, so that a choice can name them
 
     def __init__(self, config: GPTConfig, layer_idx: int, mlp: bool = False) -> None:
         """mlp: whether the block has an MLP where config.mlp is None."""

@@ -84,11 +84,18 @@ class MambaBlock(Block):
         return self.d_inner * (4 * self.d_state + 2 * (self.conv_weight.size(1) - 1))
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, ctx: Context, state: RecurrentState | None) -> Tensor:
-    """The short causal convolution with silu, (B, T, C) -> (B, T, C); its tail is kept in the state."""
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ctx: Context,
+    state: RecurrentState | None,
+    activation: str | None = "silu",
+) -> Tensor:
+    """The short causal convolution, (B, T, C) -> (B, T, C); its tail is kept in the state."""
     y = ctx.kernels.causal_conv1d(
         x.transpose(1, 2), weight, bias, seq_idx=ctx.doc, initial_states=None if state is None else state["conv"],
-        return_final_states=state is not None, activation="silu", lengths=ctx.valid,
+        return_final_states=state is not None, activation=activation, lengths=ctx.valid,
     )  # fmt: skip
     if state is not None:
         y, tail = y
