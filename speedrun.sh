@@ -88,11 +88,11 @@ cpu_run() {
     read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=190}"
     read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
-    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=450}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=400}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
     read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
-    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --run="$RUN" \
-        "${flags[@]}" --resume
+    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
+        --run="$RUN" "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
         --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-4}" --lrs=0.01 --seeds=1 --lengths=256,1024
