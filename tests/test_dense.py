@@ -16,6 +16,7 @@ from nanochat.model_encoder import LikelihoodScorer, ModelEncoder
 from nanochat.retrieval import static
 from nanochat.retrieval.contract import NO_HIT, Ranking
 from nanochat.retrieval.dense import DenseIndex, DenseRetriever
+from nanochat.retrieval.document import indexed_text
 from nanochat.retrieval.encoders import SentenceTransformerEncoder, load_encoder
 from nanochat.retrieval.static import StaticEncoder
 from nanochat.tokenizer import Tokenizer
@@ -291,7 +292,7 @@ def test_static_vectors_find_what_questions_ask_for(data: Path) -> None:
     names = ("hotpot500_corpus", "hotpot500_queries_dev")
     lines = [gzip.decompress((data / "ir" / f"{name}.jsonl.gz").read_bytes()).splitlines() for name in names]
     corpus, asked = ([json.loads(line) for line in part] for part in lines)
-    texts = [f"{d['title']}\n{d['text']}" for d in corpus]
+    texts = [indexed_text(d["title"], d["text"]) for d in corpus]
     encoder = StaticEncoder.train(texts)
     top = (-(encoder.encode([q["question"] for q in asked]) @ encoder.encode(texts).T)).argsort(1)[:, :10]
     discount = 1 / np.log2(np.arange(2, 12))

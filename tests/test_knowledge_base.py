@@ -77,7 +77,7 @@ def test_documents_come_back_as_they_were(tmp_path: Path) -> None:
     for hit in kb.search("long", k=10_000, per_document=0):
         assert hit.document.text[hit.chunk.start : hit.chunk.end] == hit.chunk.text
     assert kb.titles([0, 1]) == ["Tïtle", "only a title"]
-    assert kb.texts([0, 1, 2]) == ["Tïtle\nnaïve 日本語 \U0001f600\n\ttext\0", "only a title\n", "no title"]
+    assert kb.texts([0, 1, 2]) == ["Tïtle. naïve 日本語 \U0001f600\n\ttext\0", "only a title", "no title"]
 
 
 def test_a_million_characters_and_many_batches_keep_their_order(

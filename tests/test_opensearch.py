@@ -12,7 +12,7 @@ import pytest
 
 from nanochat.config import UserError
 from nanochat.retrieval.chunking import chunk_spans
-from nanochat.retrieval.document import Document
+from nanochat.retrieval.document import Document, indexed_text
 from nanochat.retrieval.kb import KnowledgeBase
 from nanochat.retrieval.opensearch import OpenSearchBase
 from nanochat.retrieval.opensearch_engine import Engine, parse_address
@@ -118,11 +118,11 @@ def test_vectors_are_ranked_by_inner_product(kb: OpenSearchBase, node: Node) -> 
     encoder = LetterPairs()
     opened = KnowledgeBase.open(node.url("people"), encoder)
     found = opened.search("the potter of Quito", k=10, retriever="dense", per_document=0)
-    texts = [f"{hit.document.title}\n{hit.chunk.text}" for hit in found]
+    texts = [indexed_text(hit.document.title, hit.chunk.text) for hit in found]
     exact = encoder.encode(texts) @ encoder.encode(["the potter of Quito"], "query")[0]
     np.testing.assert_allclose([hit.score for hit in found], exact, atol=1e-5)
     given = [(d, span) for d in people() for span in chunk_spans(d.text, 14) or [(0, 0)]]
-    every = [f"{d.title}\n{d.text[start:end]}" for d, (start, end) in given]
+    every = [indexed_text(d.title, d.text[start:end]) for d, (start, end) in given]
     best = np.sort(encoder.encode(every) @ encoder.encode(["the potter of Quito"], "query")[0])[::-1][:10]
     np.testing.assert_allclose([hit.score for hit in found], best, atol=1e-5)
     assert kb.manifest["indexes"]["dense"]["recall"] == 1  # ef is more than there are vectors
@@ -208,7 +208,7 @@ def test_hybrid_takes_a_weight_and_rerank_a_scorer(kb: OpenSearchBase) -> None:
     assert {hit.document.id for hit in found} <= set(ids(candidates)) and all(
         h.document.metadata["alive"] for h in found
     )
-    lengths = [len(f"{hit.document.title}\n{hit.chunk.text}") for hit in candidates]
+    lengths = [len(indexed_text(hit.document.title, hit.chunk.text)) for hit in candidates]
     assert [-hit.score for hit in found] == sorted(lengths)[:4]
 
 

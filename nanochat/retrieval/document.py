@@ -75,6 +75,14 @@ class Hit:
         return Hit, (self.document, self.chunk, self.score, self.rank, self.source, self.trace)
 
 
+def indexed_text(title: str, text: str) -> str:
+    """What is indexed of a chunk: the title as a sentence of its own, then the text. An encoder takes both joined by a
+    line break for one sentence (MiniLM, HotpotQA: nDCG@10 .761 instead of .768)."""
+    if not title or not text:
+        return title or text
+    return f"{title}{'' if title[-1] in '.!?:' else '.'} {text}"
+
+
 def batches(documents: Iterable[Document], most: int, characters: int) -> Iterator[list[Document]]:
     """Lists of up to `most` documents, ended as soon as their texts hold `characters`. UserError for what is none."""
     batch: list[Document] = []

@@ -24,7 +24,7 @@ from nanochat.retrieval.encoders import Encoder
 from nanochat.retrieval.mmr import mmr as rank_mmr
 from nanochat.retrieval.opensearch_build import FORMAT, Writer, add_documents, build_index
 from nanochat.retrieval.opensearch_engine import LONG_S, Engine, parse_address
-from nanochat.retrieval.opensearch_records import OpenSearchDense, clauses, document_of, indexed_text, record_id
+from nanochat.retrieval.opensearch_records import OpenSearchDense, clauses, document_of, record_id, record_text
 from nanochat.retrieval.opensearch_search import MAX_WINDOW, Records, RemoteBm25, RemoteDense, remote_class
 from nanochat.retrieval.registry import Opened, check_index
 
@@ -102,7 +102,7 @@ class OpenSearchBase:
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         records = self._records.of(ids)
-        return [indexed_text(records[id]) for id in ids]
+        return [record_text(records[id]) for id in ids]
 
     def titles(self, ids: Sequence[int]) -> list[str]:
         records = self._records.of(ids)

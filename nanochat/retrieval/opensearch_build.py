@@ -27,7 +27,7 @@ from nanochat.retrieval.opensearch_records import (
     Record,
     document_digest,
     index_body,
-    indexed_text,
+    record_text,
     records_of,
     vectors_json,
 )
@@ -75,7 +75,7 @@ class Writer:
                 )
 
     def _encode(self, encoder: Encoder, records: list[Record]) -> None:
-        vectors = encoder.encode([indexed_text(record) for record in records], "passage")
+        vectors = encoder.encode([record_text(record) for record in records], "passage")
         bad = np.flatnonzero(~np.isfinite(vectors).all(1))
         if len(bad):
             raise UserError(f"the encoder gave no numbers for document {records[bad[0]]['document']!r}: mend it")

@@ -20,7 +20,7 @@ from urllib.parse import quote
 import numpy as np
 
 from nanochat.config import UserError
-from nanochat.retrieval.document import Document, metadata_json
+from nanochat.retrieval.document import Document, indexed_text, metadata_json
 from nanochat.retrieval.where import ORDER, parse_where
 
 KEYWORD_LIMIT = 8191  # characters; Lucene's longest term is 32,766 bytes, a character has up to 4
@@ -126,8 +126,8 @@ def document_of(record: Record) -> Document:
     return Document(record["document"], text, record["title"], json.loads(record["metadata"]))
 
 
-def indexed_text(record: Record) -> str:
-    return f"{record['title']}\n{record['text']}" if record["title"] else record["text"]
+def record_text(record: Record) -> str:
+    return indexed_text(record["title"], record["text"])
 
 
 def document_digest(document: Document) -> bytes:

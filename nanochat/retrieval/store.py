@@ -20,7 +20,7 @@ import pyarrow as pa
 from nanochat.common import fsync_dir, sha256_file
 from nanochat.config import UserError
 from nanochat.retrieval.chunking import check_chunking, chunk_spans
-from nanochat.retrieval.document import Document, batches, metadata_json
+from nanochat.retrieval.document import Document, batches, indexed_text, metadata_json
 
 DOCUMENTS = pa.schema([(name, pa.large_string()) for name in ("id", "title", "text", "metadata")])
 CHUNKS = pa.schema([(name, pa.int32()) for name in ("document", "start", "end")])
@@ -164,7 +164,7 @@ class Segment:
     def indexed_text(self, chunk: int) -> str:
         row = int(self.document_of[chunk])
         text = self.cell("text", row)[self.starts[chunk] : self.ends[chunk]]
-        return _indexed(self.cell("title", row), text)
+        return indexed_text(self.cell("title", row), text)
 
     def indexed_texts(self) -> Iterator[str]:
         """Of all chunks in order, one batch of documents at a time."""
@@ -173,7 +173,7 @@ class Segment:
             chunks = slice(*np.searchsorted(self.document_of, (first, first + batch.num_rows)))
             columns = (self.document_of[chunks] - first, self.starts[chunks], self.ends[chunks])
             for row, start, end in zip(*(column.tolist() for column in columns), strict=True):
-                yield _indexed(titles[row], texts[row][start:end])
+                yield indexed_text(titles[row], texts[row][start:end])
 
     def metadata(self, key: str) -> tuple[np.ndarray, list[Any]]:
         """A metadata key as (codes (n_documents,) int32, values): values[codes[row]], and -1 without the key."""
@@ -238,7 +238,3 @@ def _map(path: Path) -> list[pa.RecordBatch]:
 
 def _document(id: str, title: str, text: str, metadata: str) -> Document:
     return Document(id, text, title, json.loads(metadata) if metadata != "{}" else {})
-
-
-def _indexed(title: str, text: str) -> str:
-    return f"{title}\n{text}" if title else text
