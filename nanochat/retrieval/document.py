@@ -83,6 +83,11 @@ def indexed_text(title: str, text: str) -> str:
     return f"{title}{'' if title[-1] in '.!?:' else '.'} {text}"
 
 
+def without_title(title: str, indexed: str) -> str:
+    """The text of which indexed_text(title, text) was made."""
+    return indexed[len(indexed_text(title, "x")) - 1 :]
+
+
 def batches(documents: Iterable[Document], most: int, characters: int) -> Iterator[list[Document]]:
     """Lists of up to `most` documents, ended as soon as their texts hold `characters`. UserError for what is none."""
     batch: list[Document] = []
