@@ -29,4 +29,4 @@ step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targ
 step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targets --features python -- -D warnings
 step cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml
 echo "== pytest $*"
-python -m pytest "$@" # last, so that its own summary with its time is the last line
+python -m pytest --durations=15 "$@" # last, so that its own summary with its time is the last line
