@@ -101,7 +101,7 @@ class GPT(nn.Module):
     def extend(self, seq_len: int) -> None:
         """Take rows longer than the model was trained on, positions counted as before. Windows stay what they are."""
         config = self.config
-        window = config.window or max(1, config.seq_len // 4) if "S" in config.window_pattern else config.window
+        window = config.short_window if "S" in config.window_pattern else config.window
         self.config = dataclasses.replace(config, seq_len=seq_len, window=window)
 
     @property

@@ -132,7 +132,6 @@ def test_rows_that_share_a_prefix_may_stand_at_different_positions(model: GPT) -
         torch.testing.assert_close(logits[:, 0], full[[0, 1], at], rtol=1e-4, atol=1e-5)
 
 
-@torch.no_grad()
 def test_a_layer_may_have_a_convolution_of_its_own() -> None:
     pattern = ["attn", {"block": "attn", "attn_conv": 3}]
     first, second = GPT(dataclasses.replace(PLAIN, n_layer=2, block_pattern=pattern)).layers
@@ -140,6 +139,7 @@ def test_a_layer_may_have_a_convolution_of_its_own() -> None:
     assert [p.shape for p in second.param_groups()["ssm"]] == [(64, 3)] and "ssm" not in first.param_groups()
 
 
+@torch.no_grad()
 def test_a_window_keeps_a_ring_of_its_size() -> None:
     model = make(RICH)
     state = model.init_state(1, 1000)

@@ -657,7 +657,7 @@ def test_building_over_a_base_keeps_its_readers(tmp_path: Path) -> None:
 
 def test_hits_are_of_the_version_searched_whenever_they_are_read(tmp_path: Path) -> None:
     kb = build(tmp_path, chunk_tokens=4)
-    found, same = (kb.search("Text 7 house", k=30) for _ in range(2))
+    found, same = (kb.search("Text 7 house", k=30, per_document=0) for _ in range(2))
     assert pickle.loads(pickle.dumps(same)) == same
     assert kb.delete([same[0].document.id]) == 1
     for _ in range(3):  # the files of that version are gone
@@ -668,6 +668,8 @@ def test_hits_are_of_the_version_searched_whenever_they_are_read(tmp_path: Path)
     assert found == same and copy.copy(found[0]) == same[0]
     for hit in found:
         assert hit.chunk.text == hit.document.text[hit.chunk.start : hit.chunk.end]
+        assert "_unread" not in vars(hit), "nor does it hold the version any longer"
+    assert len({id(hit.document) for hit in found}) == len({hit.document.id for hit in found}), "each is read once"
     with pytest.raises(AttributeError, match="'documents'"):
         found[0].documents  # noqa: B018
 

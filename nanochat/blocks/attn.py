@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.blocks.contract import Block, BlockState, Context, GPTConfig, RecurrentState
-from nanochat.blocks.mamba import convolve, init_conv
+from nanochat.blocks.mamba import convolve, init_conv, recurrent_groups
 from nanochat.blocks.pattern import entry_names
 from nanochat.layers import Embedding, Linear, init_uniform, linear_together
 from nanochat.ops import attention_mask, shared_prefix_attention
@@ -35,7 +35,7 @@ class AttentionState(BlockState):
     ) -> None:
         self.k, self.v, self.windowed = k, v, windowed  # (B, G, capacity, K)
         self.prefix = prefix  # two of (1, G, S0, K)
-        self.conv = conv  # "conv": (B, D, W - 1), where there is a convolution
+        self.conv = conv or RecurrentState()  # "conv": (B, D, W - 1), where there is a convolution
 
     @property
     def capacity(self) -> int:
@@ -49,7 +49,7 @@ class AttentionState(BlockState):
     def select(self, rows: Tensor) -> "AttentionState":
         rows = rows.to(self.k.device)
         k, v = self.k.index_select(0, rows), self.v.index_select(0, rows)
-        return AttentionState(k, v, self.windowed, self.prefix, None if self.conv is None else self.conv.select(rows))
+        return AttentionState(k, v, self.windowed, self.prefix, self.conv.select(rows))
 
     def repeat(self, n: int, pos: Tensor) -> "AttentionState":
         used = int(pos[0])
@@ -60,18 +60,16 @@ class AttentionState(BlockState):
         dtype = torch.float32 if self.k.device.type == "cpu" else self.k.dtype
         k, v = (self.k.new_zeros(n, G, capacity - used, K, dtype=dtype) for _ in range(2))
         prefix = tuple(t[:, :, :used].to(dtype, copy=True) for t in (self.k, self.v))
-        conv = None if self.conv is None else self.conv.select(torch.zeros(n, dtype=torch.long))
+        conv = self.conv.select(torch.zeros(n, dtype=torch.long))
         return AttentionState(k, v, self.windowed, (prefix[0], prefix[1]), conv)
 
     def join(self, other: "AttentionState") -> "AttentionState":
         assert self.prefix is other.prefix, "rows of two prompts"
         k, v = torch.cat((self.k, other.k)), torch.cat((self.v, other.v))
-        conv = None if self.conv is None or other.conv is None else self.conv.join(other.conv)
-        return AttentionState(k, v, self.windowed, self.prefix, conv)
+        return AttentionState(k, v, self.windowed, self.prefix, self.conv.join(other.conv))
 
     def bytes(self) -> int:
-        tail = 0 if self.conv is None else self.conv.bytes()
-        return tail + sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
+        return self.conv.bytes() + sum(t.nbytes for t in (self.k, self.v, *(self.prefix or ())))
 
     def slot_positions(self, pos: Tensor, n_slots: int) -> Tensor:
         """Which position each of the first n_slots holds after pos tokens, (B, n_slots); negative where empty."""
@@ -227,8 +225,7 @@ class AttentionBlock(Block):
         ordinal, n_attn = names[:layer_idx].count("attn"), names.count("attn")
         last = ordinal == n_attn - 1
         short = config.window_pattern[ordinal % len(config.window_pattern)] == "S" and not last
-        window = (config.window or max(1, config.seq_len // 4)) if short else 0
-        window = self.option("window", window) or 0
+        window = self.option("window", config.short_window if short else 0) or 0
         if config.attn_conv:
             self.KERNELS = (*self.KERNELS, "conv")
         self.attn = Attention(config, window, config.value_embeddings and (n_attn - 1 - ordinal) % 2 == 0)
@@ -247,18 +244,15 @@ class AttentionBlock(Block):
         kept = torch.bfloat16 if c_q.packs and c_q.compute_dtype == torch.bfloat16 else dtype
         shape = (batch, self.attn.n_kv_head, min(max_len, window) if window else max_len, self.attn.head_dim)
         k, v = (torch.zeros(shape, device=device, dtype=kept) for _ in range(2))
-        conv, weight = None, self.attn.conv_weight
-        if weight is not None:
-            tail = torch.zeros(batch, len(weight), weight.size(1) - 1, device=device, dtype=dtype)
-            conv = RecurrentState(conv=tail)
-        return AttentionState(k, v, bool(window), conv=conv)
+        D, W = self.config.d_model, self.config.attn_conv
+        tail = {"conv": torch.zeros(batch, D, W - 1, device=device, dtype=dtype)} if W else {}
+        return AttentionState(k, v, bool(window), conv=RecurrentState(**tail))
 
     def param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = super().param_groups()
-        gate, conv = self.attn.value_gate, self.attn.conv_weight
-        if conv is not None:  # at the rate of other short convolutions
-            groups["scalar"] = [p for p in groups["scalar"] if p is not conv]
-            groups["ssm"] = [conv]
+        gate = self.attn.value_gate
+        if self.attn.conv_weight is not None:  # all that is scalar so far
+            groups = recurrent_groups(groups)
         if gate is not None:  # a gate of few channels is no matrix for Muon
             groups["matrix"] = [p for p in groups["matrix"] if p is not gate.weight]
             groups["scalar"] += gate.parameters()
@@ -266,10 +260,10 @@ class AttentionBlock(Block):
 
     def flops_per_token(self, seq_len: int) -> int:
         seen = min(seq_len, self.attn.window or seq_len)
-        taps = 0 if self.attn.conv_weight is None else self.attn.conv_weight.numel()
+        taps = self.config.attn_conv * self.config.d_model
         return super().flops_per_token(seq_len) + 12 * self.attn.n_head * self.attn.head_dim * seen + 6 * taps
 
     def state_bytes(self, context_len: int) -> int:
         kept = min(context_len, self.attn.window or context_len)
-        tail = 0 if self.attn.conv_weight is None else self.attn.conv_weight[:, 1:].numel()
+        tail = max(0, self.config.attn_conv - 1) * self.config.d_model
         return 2 * (2 * self.attn.n_kv_head * self.attn.head_dim * kept + tail)

@@ -78,6 +78,11 @@ class GPTConfig:
     def kv_heads(self) -> int:
         return self.n_kv_head or self.n_head
 
+    @property
+    def short_window(self) -> int:
+        """Tokens an S layer sees."""
+        return self.window or max(1, self.seq_len // 4)
+
 
 @dataclass
 class Context:

@@ -19,7 +19,6 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.ops import cap_logits
 from nanochat.retrieval import KnowledgeBase
-from nanochat.retrieval.document import without_title
 from nanochat.tokenizer import Tokenizer
 
 LEARNED = ("supervised", "rl")
@@ -176,9 +175,8 @@ def document_prompt(reader: Reader, title: str, text: str) -> Prompt:
 
 def build_cache(reader: Reader, kb: KnowledgeBase) -> VectorCache:
     """The vectors of all texts of a knowledge base, written beside it (cache_folder) and used by the reader."""
-    ids = range(kb.n_chunks)
-    titled = zip(kb.titles(ids), kb.texts(ids), strict=True)
-    prompts = (document_prompt(reader, title, without_title(title, text)) for title, text in titled)
+    found = map(kb.snapshot.reader(), range(kb.n_chunks))
+    prompts = (document_prompt(reader, document.title, chunk.text) for document, chunk in found)
     cache = VectorCache(cache_folder(kb.path), reader.encoder)
     cache.build(p.chunk_ids(i) for p in prompts for i in range(len(p.chunks)))
     reader.cache = cache

@@ -61,15 +61,19 @@ class Hit:
     ) -> "Hit":
         """A hit whose document and chunk are read(id)."""
         hit = object.__new__(Hit)
-        hit.__dict__.update(score=score, rank=rank, source=source, trace=trace, _read=read, _id=id)
+        hit.__dict__.update(score=score, rank=rank, source=source, trace=trace, _unread=(read, id))
         return hit
 
     def __getattr__(self, name: str) -> Any:  # asked for what is not there yet
-        if name not in ("document", "chunk") or "_read" not in self.__dict__:
-            raise AttributeError(f"a Hit has no {name!r}")
-        document, chunk = self.__dict__["_read"](self.__dict__["_id"])
-        self.__dict__.update(document=document, chunk=chunk)
-        return self.__dict__[name]
+        own = self.__dict__
+        if name in ("document", "chunk"):
+            if unread := own.get("_unread"):
+                read, id = unread
+                own["document"], own["chunk"] = read(id)
+                own.pop("_unread", None)  # another thread may have been here
+            if name in own:
+                return own[name]
+        raise AttributeError(f"a Hit has no {name!r}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Hit, (self.document, self.chunk, self.score, self.rank, self.source, self.trace)
@@ -81,11 +85,6 @@ def indexed_text(title: str, text: str) -> str:
     if not title or not text:
         return title or text
     return f"{title}{'' if title[-1] in '.!?:' else '.'} {text}"
-
-
-def without_title(title: str, indexed: str) -> str:
-    """The text of which indexed_text(title, text) was made."""
-    return indexed[len(indexed_text(title, "x")) - 1 :]
 
 
 def batches(documents: Iterable[Document], most: int, characters: int) -> Iterator[list[Document]]:

@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +139,25 @@ class Snapshot:
             best = self._ranked(opened, several, k if mmr is None else max(4 * k, 50), allowed, per_document)
             for i, hits in zip(asked, best, strict=True):
                 found[i] = hits if mmr is None else self._diverse(hits, k, mmr)
-        unread, read = Hit.unread, self.read
+        unread, read = Hit.unread, self.reader()
         return [
             [unread(read, id, score, rank, retriever, trace) for rank, (id, score, trace) in enumerate(row, 1)]
             for row in found
         ]
 
-    def read(self, id: int) -> tuple[Document, Chunk]:
-        """A chunk, and the document it is of."""
-        segment, chunk = self._locate(id)
-        start, end = segment.starts.item(chunk), segment.ends.item(chunk)
-        document = segment.document(segment.document_of.item(chunk))
-        return document, Chunk(start, end, document.text[start:end])
+    def reader(self) -> Callable[[int], tuple[Document, Chunk]]:
+        """A function of a chunk id -> the document it is of, read once, and the chunk."""
+        cache: dict[tuple[Path, int], Document] = {}
+
+        def read(id: int) -> tuple[Document, Chunk]:
+            segment, chunk = self._locate(id)
+            row, start, end = segment.document_of.item(chunk), segment.starts.item(chunk), segment.ends.item(chunk)
+            document = cache.get((segment.folder, row))
+            if document is None:
+                document = cache[segment.folder, row] = segment.document(row)
+            return document, Chunk(start, end, document.text[start:end])
+
+        return read
 
     def _ranked(
         self, retriever: Retriever, queries: list[str], k: int, allowed: np.ndarray | None, per_document: int
