@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import ctypes
 import datetime
 import gc
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -91,6 +93,8 @@ def init_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
         atexit.register(_abandon_ranks)
         signal.signal(signal.SIGTERM, lambda *_: _told_to_stop(ranks))
+        if sys.platform == "linux":  # a torchrun that is killed cannot end its ranks: PR_SET_PDEATHSIG of prctl(2) does
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     return ranks, device
 
 

@@ -2,6 +2,7 @@
 # Everything that must be clean before a push: format, lint, types, layers, Rust, Python tests. Stops at the first failure.
 #     bash tests/run.sh                    everything
 #     bash tests/run.sh -m "not slow"      arguments go to pytest
+#     bash tests/run.sh -n 0 --pdb         in one process, not in two
 set -euo pipefail
 if [ "${CI:-}" = true ]; then
     export NO_COLOR=1 CARGO_TERM_COLOR=never PY_COLORS=0
@@ -29,4 +30,4 @@ step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targ
 step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targets --features python -- -D warnings
 step cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml
 echo "== pytest $*"
-python -m pytest --durations=15 "$@" # last, so that its own summary with its time is the last line
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" # last, so that its own summary with its time is the last line

@@ -385,3 +385,23 @@ def test_a_rank_that_is_killed_ends_the_job_and_resume_goes_on(text: Path, tmp_p
     again, whole = rows(killed / "metrics.jsonl"), rows(folder / "whole/metrics.jsonl")
     assert sorted(again) == sorted(whole) == list(range(1, 61))
     assert [again[s]["loss"] for s in again] == [whole[s]["loss"] for s in again]  # bit for bit
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_ranks_end_with_a_torchrun_that_is_killed(text: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    options = [*TINY, "--num_iterations=1000000", "--eval_every=-1", "--total_batch_size=64", "--model_tag=endless"]
+    job = torchrun([*options, "--save_every=4"], log, "--standalone", "--nproc_per_node=2")
+    deadline = time.monotonic() + 300
+    while not list((text / "base_checkpoints").glob("endless/step_*")):
+        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+    ranks = psutil.Process(job.pid).children()
+    job.kill()
+    job.wait()
+    _, left = psutil.wait_procs(ranks, 60)
+    for p in left:
+        p.kill()
+    assert len(ranks) == 2 and not left
+    assert re.search(r"^error: rank [01] (was told to stop|has lost another rank)", log.read_text(), re.MULTILINE)

@@ -13,7 +13,7 @@ from nanochat.common import REPO_DIR
 
 pytestmark = pytest.mark.slow
 
-SMALL = "--max_seq_len=256 --device_batch_size=1 --total_batch_size=256 --eval_tokens=1024"
+SMALL = "--max_seq_len=256 --device_batch_size=1 --total_batch_size=512 --eval_tokens=1024"
 STAGES = ["report_reset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss", "bench_arch", "mid_train"]
 STAGES += ["chat_eval_mid", "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl"]
 STAGES += ["rag_data", "rag_finetune", "rag_eval", "hop_data", "refrag_finetune", "refrag_eval"]
