@@ -38,6 +38,7 @@ stage() {
     shift 2
     word="$*"
     word="${word#* -m }"
+    word="${word#-- }"
     DONE_SO_FAR+="$name: ${word//"--run=$RUN "/}"$'\n'
     for word in "$@"; do
         if [[ $word == *.py ]]; then DONE_SO_FAR+="$(cat "$word")"$'\n'; fi
@@ -86,7 +87,7 @@ cpu_run() {
     local -a ranks=(python -m)
     if [ "$processes" != 1 ]; then
         ranks=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes))}"
-            torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$processes" -m)
+            torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$processes" -m --)
     fi
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
@@ -134,7 +135,7 @@ cpu_run() {
 # parameter. Not yet run by us from end to end.
 gpu_run() {
     local gpus=$1 download
-    local -a torchrun=(torchrun --standalone --nproc_per_node="$gpus" -m)
+    local -a torchrun=(torchrun --standalone --nproc_per_node="$gpus" -m --) # without --, torchrun takes --run for its own
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     stage dataset_8 base_data python -m nanochat.dataset -n 8
     python -m nanochat.dataset -n 240 >"$STAMPS/download.log" 2>&1 &

@@ -30,4 +30,4 @@ step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targ
 step cargo clippy --quiet --locked --manifest-path rustbpe/Cargo.toml --all-targets --features python -- -D warnings
 step cargo test --quiet --locked --manifest-path rustbpe/Cargo.toml
 echo "== pytest $*"
-python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 "$@" # last, so that its own summary with its time is the last line
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=15 -rs "$@" # last, so that its own summary with its time is the last line
