@@ -38,6 +38,7 @@ stage() {
     shift 2
     word="$*"
     word="${word#* -m }"
+    word="${word#nanochat.launch ? }"
     word="${word#-- }"
     DONE_SO_FAR+="$name: ${word//"--run=$RUN "/}"$'\n'
     for word in "$@"; do
@@ -80,15 +81,8 @@ count_gpus() {
 }
 
 cpu_run() {
-    local cores processes
-    cores=$(python -c 'import os; print(os.cpu_count())')
-    processes="${SPEEDRUN_PROCESSES:-$((cores > 1 ? 2 : 1))}"
     # two processes of a thread each do more of such small work than one of two threads
-    local -a ranks=(python -m)
-    if [ "$processes" != 1 ]; then
-        ranks=(env OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes))}"
-            torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node="$processes" -m --)
-    fi
+    local -a ranks=(python -m nanochat.launch "${SPEEDRUN_PROCESSES:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}")
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
@@ -120,14 +114,14 @@ cpu_run() {
     stage rag_finetune "rag_checkpoints/$TAG" "${ranks[@]}" scripts.rag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" --max_doc_length=64 --absent_share=0.1 --retrieved_share=0.1 \
         --follow_ups=8 --eval_every=0 "${rag[@]}" --resume
-    stage rag_eval - python -m scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
+    stage rag_eval - "${ranks[@]}" scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
         --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions="$(((${SPEEDRUN_RAG_PROBLEMS:-500} + 4) / 5))"
     stage hop_data hop_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --world_size=base --chunk_tokens=0 \
         --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-12000}" --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
     stage refrag_finetune "refrag_checkpoints/$TAG" "${ranks[@]}" scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
         --examples_per_step=8 "${refrag[@]}" --resume
-    stage refrag_eval - python -m scripts.rag_eval --mode multihop --model_tag="$TAG" \
+    stage refrag_eval - "${ranks[@]}" scripts.rag_eval --mode multihop --model_tag="$TAG" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-100}"
 }
 

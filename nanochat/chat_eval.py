@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from nanochat.config import UserError
-from nanochat.device import Ranks
+from nanochat.device import shared_out
 from nanochat.engine import Engine
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBeeEnglish")
@@ -88,7 +87,6 @@ def evaluate(
     model: Any,
     tokenizer: Any,
     task: ChatTask,
-    ranks: Ranks | None = None,
     *,
     max_problems: int = -1,
     batch_size: int = 32,
@@ -99,31 +97,33 @@ def evaluate(
     seed: int = 42,
     tell: Callable[[int, int], None] = lambda done, n: None,
 ) -> Score:
-    """The first max_problems questions (-1 = all; tasks come shuffled). Each rank takes its share, all get the score.
+    """The first max_problems questions (-1 = all; tasks come shuffled). Ranks share them, all get the score.
 
     batch_size questions of like length run together. max_new_tokens, temperature, top_k and num_samples are for texts
     only; above temperature 0 what is sampled depends on seed, batch_size and the number of ranks. `tell` hears after
     each batch how many of this rank's questions are done.
     """
-    ranks = ranks or Ranks()
     n = len(task) if max_problems < 0 else min(max_problems, len(task))
     if n < 1 or batch_size < 1:
         raise UserError(f"{task.name}: {n} questions in batches of {batch_size}: expected at least 1 of each")
-    mine = list(range(ranks.rank, n, ranks.world_size))
-    prompts = {i: tokenizer.render_for_completion(task[i]) for i in mine}
-    answers = [Answer(i, [], [False]) for i in mine if len(prompts[i]) >= model.config.seq_len]
     engine = Engine(model, tokenizer)
     sampling = {"num_samples": num_samples, "max_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-    for batch in batches(prompts, model.config.seq_len, batch_size):
-        questions, ids = [task[i] for i in batch], [prompts[i] for i in batch]
-        if task.kind == "categorical":
-            completions = [[letter] for letter in choose_letters(model, tokenizer, questions, ids)]
-        else:
-            completions = write(engine, ids, seed=(seed << 32) + batch[0], **sampling)
-        judged = judge(task, questions, completions)
-        answers += map(Answer, batch, completions, judged)
-        tell(len(answers), len(mine))
-    return score_of(task, sorted(from_all_ranks(answers), key=lambda a: a.index))
+
+    def work(mine: list[int]) -> list[Answer]:
+        prompts = {i: tokenizer.render_for_completion(task[i]) for i in mine}
+        answers = {i: Answer(i, [], [False]) for i in mine if len(prompts[i]) >= model.config.seq_len}
+        for batch in batches(prompts, model.config.seq_len, batch_size):
+            questions, ids = [task[i] for i in batch], [prompts[i] for i in batch]
+            if task.kind == "categorical":
+                completions = [[letter] for letter in choose_letters(model, tokenizer, questions, ids)]
+            else:
+                completions = write(engine, ids, seed=(seed << 32) + batch[0], **sampling)
+            judged = judge(task, questions, completions)
+            answers |= dict(zip(batch, map(Answer, batch, completions, judged), strict=True))
+            tell(len(answers), len(mine))
+        return [answers[i] for i in mine]
+
+    return score_of(task, shared_out(range(n), work))
 
 
 def batches(prompts: dict[int, list[int]], seq_len: int, batch_size: int) -> Iterator[list[int]]:
@@ -168,15 +168,6 @@ def judge(task: ChatTask, questions: list[dict[str, Any]], completions: list[lis
     with ThreadPoolExecutor(JUDGES) as pool:
         right = pool.map(lambda pair: bool(task.evaluate(*pair)), pairs)
         return [[next(right) for _ in texts] for texts in completions]
-
-
-def from_all_ranks(own: list[Answer]) -> list[Answer]:
-    """The answers of every rank, on every rank."""
-    if not dist.is_initialized():
-        return own
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    return [answer for part in parts for answer in part]
 
 
 # ---- from answers to figures ----

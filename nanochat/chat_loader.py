@@ -28,7 +28,7 @@ from nanochat.prefetch import Ahead
 from nanochat.tokenizer import Tokenizer
 
 CURSOR_FORMAT = 1
-BUFFER_ROWS = 64  # rows of conversations waiting to be packed, at most; a quarter of an epoch where that is less
+BUFFER_ROWS = 8  # rows of conversations that wait to be packed; short ones wait longest
 SURVEYED = 1024  # conversations rendered to tell how many rows an epoch has
 COUNTS = ("read", "shortened", "left_out")
 

@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "imed out waiting")  # gloo's words
 GO_ON = "start the job again with --resume to go on from its newest checkpoint"
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,14 @@ def _told_to_stop(ranks: Ranks) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def single_device(name: str, what: str) -> torch.device:
+    """The device of what runs in one process; UserError where torchrun has started several."""
+    ranks, device = init_ranks(pick_device(name))
+    if ranks.world_size > 1:
+        raise UserError(f"{what} runs in one process, not {ranks.world_size}: start it without torchrun")
+    return device
+
+
 @contextlib.contextmanager
 def lost_ranks(ranks: Ranks) -> Iterator[None]:
     """Turn what torch raises where another rank has gone or is silent into one line."""
@@ -136,6 +148,16 @@ def all_reduce_sum(value: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(value, op=dist.ReduceOp.SUM)
     return value
+
+
+def shared_out(items: Sequence[Item], work: Callable[[list[Item]], list[Result]]) -> list[Result]:
+    """work(items), a result for each, by all ranks together: each does every world_size-th item, all get the whole."""
+    if not dist.is_initialized():
+        return work(list(items))
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    parts: list[Any] = [None] * ranks
+    dist.all_gather_object(parts, work(list(items[rank::ranks])))
+    return [parts[i % ranks][i // ranks] for i in range(len(items))]
 
 
 # ---- sharded models (FSDP2) ----

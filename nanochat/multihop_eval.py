@@ -22,7 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import atomic_write, base_dir, write_json
-from nanochat.device import pick_device
+from nanochat.device import init_ranks, leave_ranks, pick_device, shared_out
 from nanochat.engine import Engine
 from nanochat.multihop_rl import Outcome, Row, make_actor, make_tool, n_hops, outcome
 from nanochat.plots import BLUE, GREEN, GREY, ORANGE, png_bytes
@@ -278,7 +278,8 @@ def plot(runs: Runs, reachable: Sequence[float | None], path: Path) -> Path:
 
 def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) -> None:
     """Ask every condition the same rows, then tables, picture, predictions and the report's section."""
-    started, device = time.monotonic(), pick_device(cfg.device)
+    started = time.monotonic()
+    ranks, device = init_ranks(pick_device(cfg.device))
     conditions: dict[str, list[list[Episode]]] = {}
     reachable: list[float | None] = []
     checkpoint = ""
@@ -287,16 +288,19 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
         nonlocal checkpoint
         model, tokenizer, meta = load_model(source, device, tag, step, dtype=cfg.dtype)
         tag = tag or tag_of(meta)
-        episodes = how(model, tokenizer)
+        episodes = shared_out(rows, lambda own: how(model, tokenizer, own))
         conditions.setdefault(name, []).append(episodes)
         folder = base_dir() / "rag_eval" / f"{source}_{tag}_{meta['step']:06d}"
+        checkpoint = checkpoint or folder.name
+        if not ranks.main:
+            return tag
         with atomic_write(folder / "multihop.jsonl", "w") as f:
             f.writelines(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in episodes)
         print(f"{folder.name}, {name}: EM {cell(per_question([episodes], 'EM'))}", flush=True)
         checkpoint = checkpoint or folder.name
         return tag
 
-    def searching(model: Any, tokenizer: Any) -> list[Episode]:
+    def searching(model: Any, tokenizer: Any, own: list[Row]) -> list[Episode]:
         tool = make_tool(
             tokenizer,
             kb,
@@ -306,12 +310,10 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
             cfg.retriever_type,
         )
         reachable[:] = ceiling(tool, rows)
-        return search_and_answer(model, tokenizer, tool, rows, cfg.max_new_tokens, cfg.batch_size)
+        return search_and_answer(model, tokenizer, tool, own, cfg.max_new_tokens, cfg.batch_size)
 
-    def once(model: Any, tokenizer: Any) -> list[Episode]:
-        return single_shot(
-            model, tokenizer, kb, rows, cfg.top_k, cfg.retriever_type, cfg.max_doc_length, cfg.batch_size
-        )
+    def once(model: Any, tokenizer: Any, own: list[Row]) -> list[Episode]:
+        return single_shot(model, tokenizer, kb, own, cfg.top_k, cfg.retriever_type, cfg.max_doc_length, cfg.batch_size)
 
     first = ask(cfg.source, cfg.source, cfg.model_tag, cfg.step, searching)
     tags = [first, *map(str, cfg.compare or ())]
@@ -321,7 +323,9 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
         ask("cold", "refrag", f"{tag}_cold", None, searching)
     if cfg.single != "none":
         ask("single", cfg.single, cfg.single_tag or first, None, once)
-    _report(cfg, conditions, reachable, checkpoint, time.monotonic() - started)
+    if ranks.main:
+        _report(cfg, conditions, reachable, checkpoint, time.monotonic() - started)
+    leave_ranks()
 
 
 def _report(cfg: MultihopEvalConfig, runs: Runs, reachable: Sequence[float | None], name: str, seconds: float) -> None:

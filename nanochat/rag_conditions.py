@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanochat.config import UserError
+from nanochat.device import shared_out
 from nanochat.engine import Engine
 from nanochat.rag import MAX_DOC_LENGTH, answer_from, shorten
 from nanochat.rag_eval import VERDICTS, Prediction, Question, passage_text, prediction_from
@@ -170,22 +171,27 @@ def predict(
     score: bool = True,
     tell: Callable[[int, int], None] = lambda done, n: None,
 ) -> list[Prediction]:
-    """Greedy answers, those of like length together, in the order of the questions. Documents that do not fit the
-    model's context are dropped from the last (Prediction.offered against .shown). score: with log-probabilities."""
+    """Greedy answers, those of like length together, in the order of the questions; ranks share them. Documents that do
+    not fit the model's context are dropped from the last (Prediction.offered against .shown). score: with
+    log-probabilities."""
     engine = Engine(model, tokenizer, tools=())
     short = Shortened(tokenizer, max_doc_length)
     shown = [[short(hit) for hit in hits] for hits in documents]
     lengths = [len(q.text) + sum(len(hit.chunk.text) for hit in s) for q, s in zip(questions, shown, strict=True)]
-    order = sorted(range(len(questions)), key=lambda i: -lengths[i])
-    made: dict[int, Prediction] = {}
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
-        texts, hits = [questions[i].text for i in batch], [shown[i] for i in batch]
-        replies = answer_from(engine, texts, hits, max_doc_length, max_new_tokens, score=score)
-        for i, reply in zip(batch, replies, strict=True):
-            made[i] = prediction_from(questions[i], reply, [hit.document.id for hit in documents[i]])
-        tell(len(made), len(order))
-    return [made[i] for i in range(len(questions))]
+
+    def work(own: list[int]) -> list[Prediction]:
+        order = sorted(own, key=lambda i: -lengths[i])
+        made: dict[int, Prediction] = {}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            texts, hits = [questions[i].text for i in batch], [shown[i] for i in batch]
+            replies = answer_from(engine, texts, hits, max_doc_length, max_new_tokens, score=score)
+            for i, reply in zip(batch, replies, strict=True):
+                made[i] = prediction_from(questions[i], reply, [hit.document.id for hit in documents[i]])
+            tell(len(made), len(order))
+        return [made[i] for i in own]
+
+    return shared_out(range(len(questions)), work)
 
 
 class Shortened:

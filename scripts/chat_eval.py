@@ -231,7 +231,7 @@ def main(argv: list[str]) -> None:
         print(f"{checkpoint}; {describe_device(device, model.compute_dtype)}", flush=True)
     start, scores, shown = time.monotonic(), [], []
     for task in tasks:
-        score = evaluate(model, tokenizer, task, ranks, tell=progress if ranks.main else quiet, **cfg.sampling())
+        score = evaluate(model, tokenizer, task, tell=progress if ranks.main else quiet, **cfg.sampling())
         scores.append(score)
         if ranks.main:
             save_answers(base_dir() / "chat_eval" / checkpoint / f"{task.name}.jsonl", task, score)

@@ -35,7 +35,7 @@ from nanochat.checkpoint import load_model
 from nanochat.common import atomic_write, base_dir, run_script, write_json
 from nanochat.compress.judge import CompressEvalConfig, compress_eval_main
 from nanochat.config import UserError, load_config
-from nanochat.device import describe_device, pick_device
+from nanochat.device import Ranks, describe_device, init_ranks, leave_ranks, pick_device
 from nanochat.multihop_eval import MultihopEvalConfig, multihop_eval_main
 from nanochat.rag import MAX_DOC_LENGTH, fit, open_base
 from nanochat.rag_conditions import CONDITIONS, Evidence, gather, predict
@@ -115,8 +115,9 @@ class RagEvalConfig:
 
 @dataclass(frozen=True)
 class Reader:
-    """A checkpoint that answers. name: stage, tag and step."""
+    """A checkpoint that answers, by all ranks together. name: stage, tag and step."""
 
+    ranks: Ranks
     name: str
     tag: str
     model: Any
@@ -126,13 +127,28 @@ class Reader:
         self, cfg: RagEvalConfig, questions: Sequence[Question], documents: Sequence[Any], score: bool = False
     ) -> list[Prediction]:
         limits = cfg.max_doc_length, cfg.max_new_tokens, cfg.batch_size
-        return predict(self.model, self.tokenizer, questions, documents, *limits, score, progress)
+        return predict(self.model, self.tokenizer, questions, documents, *limits, score, self.progress)
+
+    def progress(self, done: int, n: int) -> None:
+        if self.ranks.main and sys.stderr.isatty():
+            print(f"\r{done} of {n}", end="\r", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.ranks.main:
+            print(f"{self.name}{text}", flush=True)
+
+    def save(self, name: str, predictions: Sequence[Prediction]) -> None:
+        """To the folder of the checkpoint's predictions."""
+        if self.ranks.main:
+            with atomic_write(base_dir() / "rag_eval" / self.name / f"{name}.jsonl", "w") as f:
+                f.writelines(json.dumps(p.record(), ensure_ascii=False) + "\n" for p in predictions)
 
 
 def load_reader(cfg: RagEvalConfig, device: torch.device, source: str, tag: str | None, step: int | None) -> Reader:
+    ranks, device = init_ranks(device)
     model, tokenizer, meta = load_model(source, device, tag, step, dtype=cfg.dtype)
     tag = tag or meta.get("train_config", {}).get("model_tag") or f"d{model.config.n_layer}"
-    return Reader(f"{source}_{tag}_{meta['step']:06d}", tag, model, tokenizer)
+    return Reader(ranks, f"{source}_{tag}_{meta['step']:06d}", tag, model, tokenizer)
 
 
 def open_data(cfg: RagEvalConfig | MultihopEvalConfig) -> tuple[KnowledgeBase, list[dict[str, Any]]]:
@@ -148,11 +164,6 @@ def open_data(cfg: RagEvalConfig | MultihopEvalConfig) -> tuple[KnowledgeBase, l
     return kb, [rows[i] for i in sorted(order[: cfg.max_problems if cfg.max_problems > 0 else None])]
 
 
-def progress(done: int, n: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{done} of {n}", end="\r", file=sys.stderr, flush=True)
-
-
 # ---- what is measured ----
 
 
@@ -166,14 +177,9 @@ def run_conditions(
         runs[name] = reader.ask(cfg, questions, documents, score=name in CURVES)
         found = summary(runs[name])
         parts = [f"{m} {found[m]}" for m in ("EM", "accuracy", "abstention", "hallucination") if m in found]
-        print(f"{reader.name}, {name}: {', '.join(parts)}; {time.monotonic() - start:.0f} s", flush=True)
-        save(base_dir() / "rag_eval" / reader.name / f"{name}.jsonl", runs[name])
+        reader.say(f", {name}: {', '.join(parts)}; {time.monotonic() - start:.0f} s")
+        reader.save(name, runs[name])
     return runs
-
-
-def save(path: Path, predictions: Sequence[Prediction]) -> None:
-    with atomic_write(path, "w") as f:
-        f.writelines(json.dumps(p.record(), ensure_ascii=False) + "\n" for p in predictions)
 
 
 def run_sizes(cfg: RagEvalConfig, evidence: Evidence, reader: Reader) -> dict[int, list[Prediction]]:
@@ -189,11 +195,11 @@ def run_sizes(cfg: RagEvalConfig, evidence: Evidence, reader: Reader) -> dict[in
         documents = [evidence.among(i, n) for i in chosen]
         share = sum(fits(cfg, evidence, reader, i, hits, n) for i, hits in zip(chosen, documents, strict=True))
         if share < FITTING * len(chosen):
-            print(f"{reader.name}: {n} documents are there and fit for {share} of {len(chosen)} questions: left out")
+            reader.say(f": {n} documents are there and fit for {share} of {len(chosen)} questions: left out")
             break
         made[n] = reader.ask(cfg, [evidence.questions[i] for i in chosen], documents)
-        print(f"{reader.name}, gold among {n}: EM {summary(made[n])['EM']}", flush=True)
-        save(base_dir() / "rag_eval" / reader.name / f"among_{n}.jsonl", made[n])
+        reader.say(f", gold among {n}: EM {summary(made[n])['EM']}")
+        reader.save(f"among_{n}", made[n])
     return made
 
 
@@ -313,13 +319,13 @@ def main(argv: list[str]) -> None:
         compress_eval_main(load_config(CompressEvalConfig, argv), open_contexts)
         return
     cfg, start = load_config(RagEvalConfig, argv), time.monotonic()
-    device = pick_device(cfg.device)
+    ranks, device = init_ranks(pick_device(cfg.device))
     kb, rows = open_data(cfg)
     questions = [question_from(row, f"{n}") for n, row in enumerate(rows, 1)]
     evidence = gather(questions, kb, cfg.top_k, cfg.retriever_type, max(cfg.numbers, default=0), cfg.seed)
     shown = {condition: evidence.documents(condition) for condition in CONDITIONS}
     model = load_reader(cfg, device, cfg.source, cfg.model_tag, cfg.step)
-    print(f"{model.name}; {describe_device(device, model.model.compute_dtype)}; {len(rows)} questions", flush=True)
+    model.say(f"; {describe_device(device, model.model.compute_dtype)}; {len(rows)} questions")
     results, runs, name = Results(), dict[str, list[Prediction]](), "none"
     if cfg.baseline != "none":
         other = load_reader(cfg, device, cfg.baseline, cfg.baseline_tag or model.tag, None)
@@ -335,7 +341,9 @@ def main(argv: list[str]) -> None:
         results.sizes[reader.name] = run_sizes(cfg, evidence, reader)
         results.layers[reader.name] = layers(reader.model.config.block_pattern, reader.model.config.n_layer)
         runs = {}
-    report(cfg, results, name, time.monotonic() - start)
+    if ranks.main:
+        report(cfg, results, name, time.monotonic() - start)
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -168,6 +168,8 @@ def losses(pattern: str, parallel: str, steps: int = 4) -> list[tuple[float, flo
 def all_losses(out: str) -> None:
     """losses() of every pattern, in DDP and FSDP, to a file."""
     found = {f"{name} {how}": losses(p, how) for name, p in PATTERNS.items() for how in ("ddp", "fsdp")}
+    assert device.shared_out(range(7), lambda own: [str(i) for i in own]) == list("0123456")
+    assert device.shared_out("a", list) == ["a"]  # nothing to do for the others
     if int(os.environ["RANK"]) == 0:
         Path(out).write_text(json.dumps(found))
     device.leave_ranks()
@@ -405,3 +407,30 @@ def test_ranks_end_with_a_torchrun_that_is_killed(text: Path, tmp_path: Path) ->
         p.kill()
     assert len(ranks) == 2 and not left
     assert re.search(r"^error: rank [01] (was told to stop|has lost another rank)", log.read_text(), re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_the_launcher_ends_as_its_ranks_do_and_adds_no_traceback(text: Path, tmp_path: Path) -> None:
+    log, endless = tmp_path / "log", [*TINY, "--num_iterations=1000000", "--eval_every=-1", "--total_batch_size=64"]
+
+    def start(*options: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "nanochat.launch", "2", "scripts.base_train", *options]
+        return subprocess.Popen(command, cwd=REPO_DIR, stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+    assert wait(start("--detph=2"), log) == 2
+    assert "did you mean 'depth'" in log.read_text() and "Traceback" not in log.read_text()
+    for number, code, said in (
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGKILL, 137, "was ended by SIGKILL: start it again with --resume"),
+    ):
+        job = start(*endless, "--run=dummy", "--save_every=4", f"--model_tag=by_{number}")
+        deadline = time.monotonic() + 300
+        while not list((text / "base_checkpoints").glob(f"by_{number}/step_*")):
+            assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.02)
+        if number == signal.SIGINT:  # to the launcher, as by Ctrl-C; ranks are in sessions of their own
+            job.send_signal(number)
+        else:
+            psutil.Process(job.pid).children()[0].send_signal(number)
+        assert wait(job, log, 120) == code, log.read_text()
+        assert said in log.read_text() and "Traceback" not in log.read_text()

@@ -15,7 +15,7 @@ from nanochat.common import atomic_write, base_dir
 from nanochat.compress.evaluate import judge_policies
 from nanochat.compress.reader import build_cache, load_reader
 from nanochat.compress.train import CompressConfig, Opener
-from nanochat.device import describe_device, pick_device
+from nanochat.device import describe_device, single_device
 from nanochat.report import log_stage
 
 
@@ -43,7 +43,7 @@ class CompressEvalConfig:
 
 
 def compress_eval_main(cfg: CompressEvalConfig, open_contexts: Opener) -> None:
-    device = pick_device(cfg.device)
+    device = single_device(cfg.device, "compress")
     reader, meta = load_reader(cfg.model_tag, device, cfg.step, cfg.dtype, cfg.kernels)
     print(describe_device(device, reader.model.compute_dtype))
     given: dict[str, Any] = {"knowledge_base": cfg.knowledge_base, "expand": cfg.expand}

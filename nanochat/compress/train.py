@@ -22,7 +22,7 @@ from nanochat.compress.chunks import Prompt
 from nanochat.compress.reader import Reader, document_prompt
 from nanochat.compress.stages import Stream, distil, of_size, reconstruct, reinforce, spread, supervise
 from nanochat.config import UserError, changed_keys
-from nanochat.device import init_ranks, pick_device
+from nanochat.device import single_device
 from nanochat.finetune_config import inherit
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, role_rates
@@ -198,9 +198,7 @@ def compress_main(cfg: CompressConfig, open_contexts: Opener) -> None:
 
 def start(cfg: CompressConfig) -> tuple[CompressConfig, Run, Reader, dict[str, Any]]:
     """-> (cfg with nothing left open, run, a reader with a fresh encoder, meta of the checkpoints to come)."""
-    ranks, device = init_ranks(pick_device(cfg.device))
-    if ranks.world_size > 1:
-        raise UserError(f"compress runs in one process, not {ranks.world_size}: start it without torchrun")
+    device = single_device(cfg.device, "compress")
     model, tokenizer, meta = load_model(
         cfg.source, device, cfg.model_tag, cfg.step, dtype=cfg.dtype, kernels=cfg.kernels
     )
