@@ -1,5 +1,6 @@
 """mid_train and chat_sft: every backbone, masks, resume, what does not fit, what the checkpoint decides."""
 
+import itertools
 import json
 import math
 import os
@@ -215,6 +216,18 @@ def test_an_epoch_reads_every_conversation_once_over_all_ranks() -> None:
                         said.append(tok.decode(answer))
         seen += said
     assert len(set(seen)) == len(seen)
+
+
+def test_a_short_run_sees_short_conversations_as_often_as_long_ones() -> None:
+    """Best fit takes the long ones first, so what waits is short: it must be little."""
+    tok = tokenizer()
+    task = Listed([chat("a" * (25, 150)[i % 2], "SL"[i % 2]) for i in range(2000)])
+    seen = {"S": 0, "L": 0}
+    with ConversationLoader(task, tok, 8, 512) as loader:
+        for batch in itertools.islice(loader, 25):
+            for answer in tok.decode(batch.y[(batch.y >= 0) & (batch.y < 256)]):
+                seen[answer] += 1
+    assert seen["L"] > 400 and seen["S"] > 0.6 * seen["L"], seen
 
 
 def test_only_the_assistants_tokens_are_targets() -> None:
