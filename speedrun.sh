@@ -9,7 +9,7 @@
 #   DEPTH=N                 layers of the GPU recipe's model (default 20)
 #   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
-#   SPEEDRUN_PROCESSES=N    processes that share the training of the CPU run, 1 or 2 (default 2 where there are two cores)
+#   SPEEDRUN_PROCESSES=N    processes of RL and of evaluations in the CPU run, 1 or 2 (default 2 where there are two cores)
 #   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RL,
 #                                                 _RAG and _REFRAG are those of the stages after it
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
@@ -81,7 +81,7 @@ count_gpus() {
 }
 
 cpu_run() {
-    # two processes of a thread each do more of such small work than one of two threads
+    # what writes texts step by step does more in two processes of one thread than in one of two
     local -a ranks=(python -m nanochat.launch "${SPEEDRUN_PROCESSES:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}")
     stage dataset base_data python -m nanochat.dataset
     stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
@@ -96,22 +96,22 @@ cpu_run() {
     read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=400}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
     read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
-    stage base_train "base_checkpoints/$TAG" "${ranks[@]}" scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
-        --device_batch_size=4 --run="$RUN" "${flags[@]}" --resume
+    stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
+        --run="$RUN" "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
         --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-4}" --lrs=0.01 --seeds=1 --lengths=256,1024
-    stage mid_train "mid_checkpoints/$TAG" "${ranks[@]}" scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
+    stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
         "${mid[@]}" --resume
     stage chat_eval_mid - "${ranks[@]}" scripts.chat_eval -i mid "${chat[@]}"
-    stage chat_sft "sft_checkpoints/$TAG" "${ranks[@]}" scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
+    stage chat_sft "sft_checkpoints/$TAG" python -m scripts.chat_sft --model_tag="$TAG" --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - "${ranks[@]}" scripts.chat_eval -i sft "${chat[@]}"
     stage chat_rl "rl_checkpoints/$TAG" "${ranks[@]}" scripts.chat_rl --model_tag="$TAG" --run="$RUN" --max_new_tokens=32 \
         --task=Spelling,Spelling,Spelling,Spelling,SpellingBee,Arithmetic --init_lr_frac=0.3 --eval_every=0 "${rl[@]}" --resume
     stage chat_eval_rl - "${ranks[@]}" scripts.chat_eval -i rl "${chat[@]}"
     stage rag_data rag_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --max_facts=2 --questions=5000 \
         --kinds=1hop,1hop,1hop,1hop,counterfactual,missing --output="$NANOCHAT_BASE_DIR/rag_data" --overwrite
-    stage rag_finetune "rag_checkpoints/$TAG" "${ranks[@]}" scripts.rag_finetune --model_tag="$TAG" --run="$RUN" \
+    stage rag_finetune "rag_checkpoints/$TAG" python -m scripts.rag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" --max_doc_length=64 --absent_share=0.1 --retrieved_share=0.1 \
         --follow_ups=8 --eval_every=0 "${rag[@]}" --resume
     stage rag_eval - "${ranks[@]}" scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
@@ -120,7 +120,7 @@ cpu_run() {
         --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-12000}" --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
     stage refrag_finetune "refrag_checkpoints/$TAG" "${ranks[@]}" scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
-        --examples_per_step=8 "${refrag[@]}" --resume
+        --examples_per_step=8 --device_batch_size=4 "${refrag[@]}" --resume
     stage refrag_eval - "${ranks[@]}" scripts.rag_eval --mode multihop --model_tag="$TAG" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-100}"
 }

@@ -17,11 +17,11 @@ def commands() -> list[tuple[int, list[str]]]:
     found = []
     for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            launch, _, arguments = line.partition("-m scripts.base_train ")
-            assert arguments and launch.startswith(("python ", "torchrun ")), line
+            launch, _, arguments = line.partition("scripts.base_train ")
+            assert arguments and re.match(r"python -m (nanochat.launch \d )?$|torchrun .*-m $", launch), line
             if "--nnodes" not in launch:
-                n = re.search(r"--nproc_per_node=(\d+)", launch)
-                found.append((int(n[1]) if n else 1, shlex.split(arguments)))
+                n = re.search(r"--nproc_per_node=(\d+)|launch (\d+)", launch)
+                found.append((int(n[1] or n[2]) if n else 1, shlex.split(arguments)))
     return found
 
 
@@ -29,7 +29,7 @@ def commands() -> list[tuple[int, list[str]]]:
 def test_every_command_of_the_page_trains(text: Path, tmp_path: Path) -> None:  # noqa: F811
     """In order, with half as many ranks, and one step more each time it resumes."""
     log, steps = tmp_path / "log", 1
-    assert [n for n, _ in commands()] == [1, 8, 8, 8, 4, 1]
+    assert [n for n, _ in commands()] == [1, 8, 8, 2, 8, 4, 1]
     for i, (n, arguments) in enumerate(commands()):
         arguments = [*arguments, *TINY, "--eval_every=-1"]
         if i == 0:
