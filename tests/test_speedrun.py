@@ -26,7 +26,9 @@ def start(base: Path, **env: str) -> subprocess.Popen[str]:
     short["SPEEDRUN_RAG"] += " --eval_questions=8"
     short["SPEEDRUN_PROBLEMS"] = short["SPEEDRUN_RAG_PROBLEMS"] = "4"
     short["SPEEDRUN_RL"] = "--num_iterations=2 --examples_per_step=2 --num_samples=2 --eval_examples=2"
-    short["SPEEDRUN_REFRAG"] = "--num_iterations=2 --eval_tokens=1024 --max_iterations=1 --num_samples=2 --device_batch_size=1"
+    short["SPEEDRUN_REFRAG"] = (
+        "--num_iterations=2 --eval_tokens=1024 --max_iterations=1 --num_samples=2 --device_batch_size=1"
+    )
     short |= {"SPEEDRUN_HOP_PROBLEMS": "4", "SPEEDRUN_HOP_QUESTIONS": "400"}
     short["SPEEDRUN_ARCH_SECONDS"] = "1"
     full = {**os.environ, "NANOCHAT_BASE_DIR": str(base), **short, **env}
