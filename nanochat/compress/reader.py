@@ -175,7 +175,7 @@ def document_prompt(reader: Reader, title: str, text: str) -> Prompt:
 
 def build_cache(reader: Reader, kb: KnowledgeBase) -> VectorCache:
     """The vectors of all texts of a knowledge base, written beside it (cache_folder) and used by the reader."""
-    found = map(kb.snapshot.reader(), range(kb.n_chunks))
+    found = (kb.snapshot.reader()(i) for i in range(kb.n_chunks))  # a reader each, for it keeps what it has read
     prompts = (document_prompt(reader, document.title, chunk.text) for document, chunk in found)
     cache = VectorCache(cache_folder(kb.path), reader.encoder)
     cache.build(p.chunk_ids(i) for p in prompts for i in range(len(p.chunks)))
