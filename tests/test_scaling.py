@@ -312,6 +312,14 @@ def wait(process: subprocess.Popen, log: Path, timeout: float = 300) -> int:
         raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-3000:]}") from None
 
 
+def until_saved(folder: Path, process: subprocess.Popen, log: Path, timeout: float = 300) -> None:
+    """Return as soon as a run that goes on has a checkpoint there."""
+    deadline = time.monotonic() + timeout
+    while not list(folder.glob("step_*")):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+
+
 TWO_HOSTS = r"""
 set -e
 mount --bind "$1" /etc/hosts
@@ -370,10 +378,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_resume_goes_on(text: Path, tmp_p
     options = [*TINY, "--num_iterations=60", "--save_every=4", "--eval_every=-1", "--total_batch_size=64", "--resume"]
     options += [f"--parallel={parallel}"]
     job = torchrun([*options, "--model_tag=killed"], log, "--standalone", "--nproc_per_node=2")
-    deadline = time.monotonic() + 300
-    while not list(folder.glob("killed/step_*")):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.02)
+    until_saved(folder / "killed", job, log)
     [victim] = [p for p in psutil.Process(job.pid).children() if p.environ().get("RANK") == "1"]
     victim.send_signal(signal.SIGKILL)
     assert wait(job, log, 120) != 0
@@ -395,10 +400,7 @@ def test_ranks_end_with_a_torchrun_that_is_killed(text: Path, tmp_path: Path) ->
     log = tmp_path / "log"
     options = [*TINY, "--num_iterations=1000000", "--eval_every=-1", "--total_batch_size=64", "--model_tag=endless"]
     job = torchrun([*options, "--save_every=4"], log, "--standalone", "--nproc_per_node=2")
-    deadline = time.monotonic() + 300
-    while not list((text / "base_checkpoints").glob("endless/step_*")):
-        assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.02)
+    until_saved(text / "base_checkpoints" / "endless", job, log)
     ranks = psutil.Process(job.pid).children()
     job.kill()
     job.wait()
@@ -424,10 +426,7 @@ def test_the_launcher_ends_as_its_ranks_do_and_adds_no_traceback(text: Path, tmp
         (signal.SIGKILL, 137, "was ended by SIGKILL: start it again with --resume"),
     ):
         job = start(*endless, "--run=dummy", "--save_every=4", f"--model_tag=by_{number}")
-        deadline = time.monotonic() + 300
-        while not list((text / "base_checkpoints").glob(f"by_{number}/step_*")):
-            assert job.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.02)
+        until_saved(text / "base_checkpoints" / f"by_{number}", job, log)
         if number == signal.SIGINT:  # to the launcher, as by Ctrl-C; ranks are in sessions of their own
             job.send_signal(number)
         else:
