@@ -6,8 +6,9 @@
 What the documents of an answerable question are is drawn by `Shares`: its gold documents among distractors (answer,
 citing them), distractors alone (abstain), or what was retrieved, as it is (answer where that suffices). A distractor is
 retrieved for the question (it tells something else of what is asked about), or evidence for an alike question (it tells
-the same of something else), or retrieved for any question, and none states an answer. Without the second a model learns
-to look for the relation alone, and reads it in whatever document has it (docs/LOG.md, 2026-11-22). Unanswerable
+the same of something else), or evidence for any question, and none states an answer. Without the second a model learns
+to look for the relation alone, and reads it in whatever document has it (docs/LOG.md, 2026-11-22). Evidence, because
+documents that tell much are asked about more often: among random ones the long one is the one to read. Unanswerable
 questions come with what was retrieved. After RAFT (2403.10131), whose share of questions without gold is 0.2 too; gold
 positions are uniform because models prefer the first and the last document (2307.03172).
 
@@ -204,10 +205,10 @@ class RAG(Task):
         self.follow_ups = follow_ups
         self.names = Names(invented, seed)
         self.about = self._rows_by_document() if follow_ups else {}
+        self.shared = [row for row in self.rows if row["answerable"] and not row.get("documents")]
         self.alike: dict[str, list[Row]] = {}
-        for row in self.rows:
-            if row["answerable"] and not row.get("documents"):
-                self.alike.setdefault(alike(row), []).append(row)
+        for row in self.shared:
+            self.alike.setdefault(alike(row), []).append(row)
 
     def _rows_by_document(self) -> dict[str, list[int]]:
         """Document id -> the rows that can be asked about it without documents of their own."""
@@ -305,18 +306,19 @@ class RAG(Task):
         return max(zip(chunks, overlap, strict=True), key=lambda c: (c[0].holds(row["answers"]), c[1]))[0]
 
     def _distractors(
-        self, dice: Dice, n: int, row: Row, others: list[Passage], known: set[str], stated: Sequence[str]
+        self, dice: Dice, n: int, row: Row, found: list[Passage], known: set[str], stated: Sequence[str]
     ) -> list[Passage]:
-        """n passages, of each of SOURCES some: of `others` the best. Fewer where there are none."""
+        """n passages, of each of SOURCES some: of `found` the best. Where questions are few, anything retrieved."""
         sources = [dice.pick(SOURCES) for _ in range(n)]
-        chosen = {p.id: p for p in others[: sources.count("found")]}
+        chosen = {p.id: p for p in found[: sources.count("found")]}
         rivals, enough = self.alike.get(alike(row), []), min(n, len(chosen) + sources.count("alike"))
         for draw in range(DRAWS * n if self.pool else 0):
             if len(chosen) >= n:
                 break
-            if rivals and len(chosen) < enough and draw < DRAWS * n // 2:
-                rival = dice.pick(rivals)
-                passage = self._gold(dice.pick(hops(rival)[-1]), rival, {})
+            others = rivals if len(chosen) < enough else self.shared
+            if others and draw < DRAWS * n // 2:
+                other = dice.pick(others)
+                passage = self._gold(dice.pick(hops(other)[-1]), other, {})
             else:
                 passage = dice.pick(self.pool)
             if passage.id not in known and passage.id not in chosen and not passage.holds(stated):

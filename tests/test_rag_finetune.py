@@ -170,6 +170,24 @@ def test_other_documents_answer_the_same_of_something_else(kb: KnowledgeBase) ->
     assert others > 200 and 0.33 < rivals / others < 0.7  # a third is drawn so, some of the rest happen to be
 
 
+def test_the_length_of_a_document_does_not_tell_that_it_is_the_gold_one(tmp_path: Path) -> None:
+    """A document of many facts is asked about more often than one of few, so distractors are what others ask about."""
+    kb = KnowledgeBase.build(
+        [Document(f"{n}-{i}", f"w{n}v{i} " + "it is so. " * n, f"t{n}v{i}") for n in (1, 20) for i in range(30)],
+        tmp_path / "kb",
+        retriever="simple",
+    )
+    often = [(20, i) for i in range(30)] * 3 + [(1, i) for i in range(30)]
+    rows = [{"id": f"{j}", "question": f"Where does t{n}v{i} lie?", "answers": [f"w{n}v{i}"], "answerable": True,
+             "gold_ids": [f"{n}-{i}"]} for j, (n, i) in enumerate(often)]  # fmt: skip
+    long = [0, 0]
+    for conversation in RAG(rows, kb, top_k=5, shares=Shares(0, 1, 0), variants=5):
+        for document in shown(conversation):
+            long[0] += "so. it" in document["text"]
+            long[1] += 1
+    assert long[1] > 1000 and 0.65 < long[0] / long[1] < 0.85
+
+
 def test_questions_without_relations_are_alike_by_their_first_words() -> None:
     row = {"question": "Who runs the mill?"}
     assert alike(row) == alike({"question": "Who runs  a ferry"}) == "who runs"
