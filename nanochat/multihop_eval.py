@@ -309,7 +309,7 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
             cfg.max_searches or cfg.max_hops + 1,
             cfg.retriever_type,
         )
-        reachable[:] = ceiling(tool, rows)
+        reachable[:] = reachable or ceiling(tool, rows)
         return search_and_answer(model, tokenizer, tool, own, cfg.max_new_tokens, cfg.batch_size)
 
     def once(model: Any, tokenizer: Any, own: list[Row]) -> list[Episode]:
