@@ -93,9 +93,9 @@ cpu_run() {
     read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=190}"
     read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
     read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
-    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=400}"
-    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=150 --max_iterations=5}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=55}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300 --warmdown_ratio=0.8}"
+    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=120 --max_iterations=4 --eval_tokens=65536}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=45}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
         --run="$RUN" "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
@@ -119,7 +119,7 @@ cpu_run() {
     stage hop_data hop_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --world_size=base --chunk_tokens=0 \
         --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-12000}" --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
     stage refrag_finetune "refrag_checkpoints/$TAG" "${ranks[@]}" scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
-        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=48 --max_new_tokens=400 \
+        --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=24 --max_new_tokens=400 \
         --examples_per_step=8 --device_batch_size=4 "${refrag[@]}" --resume
     stage refrag_eval - "${ranks[@]}" scripts.rag_eval --mode multihop --model_tag="$TAG" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-100}"
