@@ -155,11 +155,12 @@ class Reader:
         self.first_fault = self.first_fault or what
 
 
-def find_files(source: str, keep_split: bool = True) -> Source:
+def find_files(source: str, keep_split: bool = True, flag: str = "--source") -> Source:
     """Files that `source` (file, folder or glob) names, sorted by path; dot files are passed over.
 
     A folder holding shard_*.parquet is a folder of shards: its other files are left out. keep_split: files whose name
-    ends in dev, val, valid or validation, as a word, are the validation split, if others remain for training.
+    ends in dev, val, valid or validation, as a word, are the validation split, if others remain for training. flag:
+    what an error says it was given by.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -176,10 +177,10 @@ def find_files(source: str, keep_split: bool = True) -> Source:
     wanted = f"expected {', '.join(SUFFIXES)}"
     if not known:
         where = "holds no text files" if path.is_dir() else "does not exist"
-        raise UserError(f"--source={source} {where}: {wanted}, a folder of them, or a quoted glob")
+        raise UserError(f"{flag}={source} {where}: {wanted}, a folder of them, or a quoted glob")
     for p in known:
         if not p.name.lower().endswith(SUFFIXES):
-            raise UserError(f"--source: {p} is of an unknown kind: {wanted}")
+            raise UserError(f"{flag}: {p} is of an unknown kind: {wanted}")
     val = [p for p in known if VALIDATION_NAME.search(p.name.partition(".")[0])] if keep_split else []
     train = [p for p in known if p not in set(val)]
     return Source(train, val, ignored) if train else Source(known, [], ignored)

@@ -6,6 +6,7 @@
 
 Modes: example (a small invented world and Python's own documentation), world (tasks/world.py), files (.txt .md .html
 .pdf), jsonl (your own rows), squad, hotpotqa (2Wiki and MuSiQue too), beir; nanochat/retrieval/readers has the layouts.
+openqa: questions with answers alone ({"question", "answer"}, as NQ-Open has them) and --texts to find evidence in.
 
 OUTPUT/knowledge_base is opened with KnowledgeBase.open. OUTPUT/train.jsonl and val.jsonl hold a question a line:
 {"id", "question", "answers", "gold_ids", "answerable", "kind"?, "hops"?, "documents"?}; they share no question id, and
@@ -20,8 +21,8 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,12 +31,18 @@ from tqdm import tqdm
 from nanochat.common import atomic_write, fsync_dir, raise_disk_error, run_script, write_json
 from nanochat.config import UserError, load_config
 from nanochat.retrieval import Document, KnowledgeBase
+from nanochat.retrieval.chunking import chunk_spans
+from nanochat.retrieval.metrics import cover_match
 from nanochat.retrieval.readers import READERS, Question, Reading
 from nanochat.retrieval.readers.python_docs import python_items
+from nanochat.retrieval.readers.reading import checksum, data_files, id_field, text_field, texts_field
+from nanochat.sources import Reader as TextReader
+from nanochat.sources import find_files
 from nanochat.world import World
 from tasks.world import SIZES, invented_words, world_documents, world_rows
 
 KINDS = ["1hop", "2hop", "missing"]
+FOUND = 20  # passages of a question in which an answer is looked for
 FEW = 10  # bad rows that are always allowed, unless max_bad is 0
 
 
@@ -45,9 +52,12 @@ class PrepareConfig:
 
     SHORT: ClassVar = {"i": "input", "o": "output"}
 
-    mode: Annotated[Literal["example", "world", "files", "jsonl", "squad", "hotpotqa", "beir"], "kind of the input"]
+    mode: Annotated[
+        Literal["example", "world", "files", "jsonl", "squad", "hotpotqa", "beir", "openqa"], "kind of the input"
+    ]
     output: Annotated[str, "-o: folder to make"]
     input: Annotated[list | None, "-i: files or folders, as a,b; none for example and world"] = None
+    texts: Annotated[str | None, "openqa: what to search, a .txt, .md, .jsonl or .parquet file, or a folder"] = None
     overwrite: Annotated[bool, "replace an output that is there"] = False
     retriever_type: Annotated[str, "what the knowledge base searches with: bm25, dense, hybrid, multihop, ..."] = "bm25"
     chunk_tokens: Annotated[int, "size of a chunk in words and marks; 0 = whole documents"] = 256
@@ -68,6 +78,10 @@ class PrepareConfig:
         made = self.mode in ("example", "world")
         if made == bool(self.input):
             raise ValueError(f"--mode {self.mode} " + ("takes no --input" if made else "needs --input=PATH"))
+        if (self.mode == "openqa") != bool(self.texts):
+            raise ValueError("--mode openqa needs --texts=PATH, and no other mode takes it")
+        if self.mode == "openqa" and self.chunk_tokens < 1:
+            raise ValueError(f"chunk_tokens={self.chunk_tokens}: a passage of --mode openqa needs a size")
         if not 0 <= self.val_share < 1 or not 0 <= self.max_bad <= 1:
             raise ValueError(f"val_share={self.val_share}, max_bad={self.max_bad}: expected shares from 0 to below 1")
         if self.world_size not in (None, *SIZES):
@@ -80,8 +94,51 @@ def read_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Ques
         yield from world_items(cfg, reading)
     if cfg.mode == "example":
         yield from python_items(reading)
+    if cfg.mode == "openqa":
+        yield from passages(cfg, reading)
     for path in cfg.input or ():
-        yield from READERS[cfg.mode](Path(path).expanduser(), reading)
+        read = read_unsupported if cfg.mode == "openqa" else READERS[cfg.mode]
+        yield from read(Path(path).expanduser(), reading)
+
+
+def passages(cfg: PrepareConfig, reading: Reading) -> Iterator[Document]:
+    """The texts cut into passages, each a document of its own. A first line "# ..." is the title of all of a text."""
+    assert cfg.texts is not None
+    reader = TextReader("skip")
+    for number, text in enumerate(reader.documents(find_files(cfg.texts, keep_split=False, flag="--texts").train)):
+        first, _, rest = text.partition("\n")
+        title, body = (first[2:].strip(), rest) if first.startswith("# ") and rest.strip() else ("", text)
+        for i, (start, end) in enumerate(chunk_spans(body, cfg.chunk_tokens, cfg.chunk_overlap or 0)):
+            yield from reading.document(Document(f"{number}-{i}", body[start:end], title))
+    reading.notes["texts that cannot be read"] += reader.skipped
+
+
+def read_unsupported(path: Path, reading: Reading) -> Iterator[Question]:
+    """Questions of which only the answers are known. Their evidence is found once there is something to search."""
+    for file in data_files(path, [".jsonl"]):
+        for line, row in reading.lines(file):
+            with reading.row(file, line):
+                question = text_field(row, "question")
+                answers = texts_field(row["answers"] if "answers" in row else row.get("answer") or [], "answers")
+                if not answers:
+                    raise UserError(f"question {question[:60]!r} has no answers")
+                id = id_field(row, checksum(question).hex())
+                given = {"id": id, "question": question.strip(), "answers": answers, "gold_ids": []}
+                yield from reading.question(Question({**given, "answerable": True}, str(file), line))
+
+
+def supported(questions: Sequence[Question], kb: KnowledgeBase, reading: Reading) -> Iterator[Question]:
+    """Questions with their evidence: any of the passages among the first FOUND that states an answer, as DPR takes them
+    (arXiv 2004.04906). Those that have none are passed over."""
+    hits = kb.search([question.row["question"] for question in questions], k=FOUND)
+    for question, found in zip(questions, hits, strict=True):
+        row = question.row
+        gold = [hit.document.id for hit in found if cover_match(hit.document.text, row["answers"])]
+        if gold:
+            hop = {"query": row["question"], "answer": row["answers"][0], "gold_ids": gold}
+            yield replace(question, row={**row, "gold_ids": gold, "hops": [hop]})
+        else:
+            reading.notes[f"questions that no passage of the first {FOUND} answers"] += 1
 
 
 def world_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Question]:
@@ -214,17 +271,20 @@ def prepare(cfg: PrepareConfig, folder: Path, reading: Reading) -> dict[str, Any
         if not reading.documents:
             raise UserError(f"no documents in the input of --mode {cfg.mode}{said(reading)}")
 
+    size = 0 if cfg.mode == "openqa" else cfg.chunk_tokens  # passages are documents already
     kb = KnowledgeBase.build(
         tqdm(documents(), desc="documents", unit="", disable=not sys.stderr.isatty()),
         folder / "knowledge_base",
         retriever=cfg.retriever_type,
-        chunk_tokens=cfg.chunk_tokens,
-        chunk_overlap=cfg.chunk_tokens // 8 if cfg.chunk_overlap is None else cfg.chunk_overlap,
+        chunk_tokens=size,
+        chunk_overlap=size // 8 if cfg.chunk_overlap is None or not size else cfg.chunk_overlap,
         bm25=cfg.bm25,
         dense=cfg.dense,
         progress=sys.stderr.isatty(),
     )
     n_chunks = kb.n_chunks
+    if cfg.mode == "openqa":
+        questions = list(supported(questions, kb, reading))
     kb.close()
     good = list(with_gold(questions, reading))
     check_bad(reading, cfg.max_bad)

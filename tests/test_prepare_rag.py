@@ -307,6 +307,51 @@ def test_hotpotqa_is_read_in_its_layouts_and_titles_are_ids(tmp_path: Path):
     assert (questions[0]["answers"], questions[0]["kind"], bad) == (["A"], "bridge", [])
 
 
+def test_openqa_finds_the_evidence_of_questions_in_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Any of the passages found that states an answer is evidence; a question without one is passed over."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    filler = "Nothing happens in this sentence at all, as in the others. " * 3
+    (texts / "a.txt").write_text(
+        f"# The mill\n\nIlse Brandt runs the mill. {filler}The mill was built in 1823. {filler}"
+    )
+    (texts / "b.txt").write_text("The mill is run by Ilse Brandt, not by her brother.")
+    asked = [
+        {"question": "who runs the mill", "answer": ["Ilse Brandt"]},
+        {"id": 7, "question": "when was the mill built", "answers": ["1823", "in 1823"]},
+        {"question": "who owns the weir", "answer": ["Otto"]},
+        {"question": "who has no answer", "answer": []},
+    ]
+    questions = write_lines(tmp_path / "q.jsonl.gz", *asked)
+    output = run(tmp_path, "--mode=openqa", f"--input={questions}", f"--texts={texts}", chunks="--chunk_tokens=12")
+    rows = {row["question"]: row for name in ("train", "val") for row in rows_of(output / f"{name}.jsonl")}
+    assert set(rows) == {"who runs the mill", "when was the mill built"}
+    kb = KnowledgeBase.open(output / "knowledge_base")
+    for question, row in rows.items():
+        assert row["answerable"] and [hop["gold_ids"] for hop in row["hops"]] == [row["gold_ids"]]
+        hits = kb.search(question, k=20)
+        stating = [h.document.id for h in hits if any(answer in h.document.text for answer in row["answers"])]
+        assert sorted(row["gold_ids"]) == sorted(stating) and stating
+    assert len(rows["who runs the mill"]["gold_ids"]) == 2
+    [built] = [kb.get(id) for id in rows["when was the mill built"]["gold_ids"]]
+    assert built is not None and built.title == "The mill" and len(built.text) < 80
+    assert [row["cause"][:28] for row in rows_of(output / "bad_rows.jsonl")] == ["question 'who has no answer'"]
+    assert "passed over: 1 questions that no passage of the first 20 answers" in capsys.readouterr().out
+
+
+def test_openqa_says_what_it_needs(tmp_path: Path):
+    questions = write_lines(tmp_path / "q.jsonl", {"question": "who", "answer": ["x"]})
+    openqa = [f"--output={tmp_path / 'out'}", f"--input={questions}"]
+    with pytest.raises(UserError, match="--mode openqa needs --texts=PATH"):
+        main(["--mode=openqa", *openqa])
+    with pytest.raises(UserError, match="no other mode takes it"):
+        main(["--mode=jsonl", *openqa, f"--texts={questions}"])
+    with pytest.raises(UserError, match="a passage of --mode openqa needs a size"):
+        main(["--mode=openqa", *openqa, f"--texts={questions}", "--chunk_tokens=0"])
+    with pytest.raises(UserError, match=r"--texts=.*nowhere does not exist"):
+        main(["--mode=openqa", *openqa, f"--texts={tmp_path / 'nowhere'}"])
+
+
 def test_musique_hops_name_their_documents_and_fill_in_answers(tmp_path: Path):
     unanswerable = MUSIQUE | {"id": "2hop__3", "answerable": False}
     documents, questions, bad, _ = read("hotpotqa", write_lines(tmp_path / "m.jsonl", MUSIQUE, unanswerable))
