@@ -35,7 +35,6 @@ from nanochat.retrieval.chunking import chunk_spans
 from nanochat.retrieval.metrics import cover_match
 from nanochat.retrieval.readers import READERS, Question, Reading
 from nanochat.retrieval.readers.python_docs import python_items
-from nanochat.retrieval.readers.reading import checksum, data_files, id_field, text_field, texts_field
 from nanochat.sources import Reader as TextReader
 from nanochat.sources import find_files
 from nanochat.world import World
@@ -61,7 +60,7 @@ class PrepareConfig:
     overwrite: Annotated[bool, "replace an output that is there"] = False
     retriever_type: Annotated[str, "what the knowledge base searches with: bm25, dense, hybrid, multihop, ..."] = "bm25"
     chunk_tokens: Annotated[int, "size of a chunk in words and marks; 0 = whole documents"] = 256
-    chunk_overlap: Annotated[int | None, "of these, shared with the chunk before; none = an eighth"] = None
+    chunk_overlap: Annotated[int | None, "of these, shared with the chunk before; none = an eighth, of openqa 0"] = None
     bm25: Annotated[dict | None, "options of the BM25 index, as {'k1': 0.9}"] = None
     dense: Annotated[dict | None, "options of the vector index, as {'encoder': 'PATH'}"] = None
     val_share: Annotated[float, "share of the questions for validation, by checksum of their ids"] = 0.1
@@ -97,8 +96,7 @@ def read_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Ques
     if cfg.mode == "openqa":
         yield from passages(cfg, reading)
     for path in cfg.input or ():
-        read = read_unsupported if cfg.mode == "openqa" else READERS[cfg.mode]
-        yield from read(Path(path).expanduser(), reading)
+        yield from READERS[cfg.mode](Path(path).expanduser(), reading)
 
 
 def passages(cfg: PrepareConfig, reading: Reading) -> Iterator[Document]:
@@ -111,20 +109,6 @@ def passages(cfg: PrepareConfig, reading: Reading) -> Iterator[Document]:
         for i, (start, end) in enumerate(chunk_spans(body, cfg.chunk_tokens, cfg.chunk_overlap or 0)):
             yield from reading.document(Document(f"{number}-{i}", body[start:end], title))
     reading.notes["texts that cannot be read"] += reader.skipped
-
-
-def read_unsupported(path: Path, reading: Reading) -> Iterator[Question]:
-    """Questions of which only the answers are known. Their evidence is found once there is something to search."""
-    for file in data_files(path, [".jsonl"]):
-        for line, row in reading.lines(file):
-            with reading.row(file, line):
-                question = text_field(row, "question")
-                answers = texts_field(row["answers"] if "answers" in row else row.get("answer") or [], "answers")
-                if not answers:
-                    raise UserError(f"question {question[:60]!r} has no answers")
-                id = id_field(row, checksum(question).hex())
-                given = {"id": id, "question": question.strip(), "answers": answers, "gold_ids": []}
-                yield from reading.question(Question({**given, "answerable": True}, str(file), line))
 
 
 def supported(questions: Sequence[Question], kb: KnowledgeBase, reading: Reading) -> Iterator[Question]:
@@ -271,13 +255,14 @@ def prepare(cfg: PrepareConfig, folder: Path, reading: Reading) -> dict[str, Any
         if not reading.documents:
             raise UserError(f"no documents in the input of --mode {cfg.mode}{said(reading)}")
 
-    size = 0 if cfg.mode == "openqa" else cfg.chunk_tokens  # passages are documents already
+    overlap = cfg.chunk_tokens // 8 if cfg.chunk_overlap is None else cfg.chunk_overlap
+    size, overlap = (0, 0) if cfg.mode == "openqa" else (cfg.chunk_tokens, overlap)  # passages are documents already
     kb = KnowledgeBase.build(
         tqdm(documents(), desc="documents", unit="", disable=not sys.stderr.isatty()),
         folder / "knowledge_base",
         retriever=cfg.retriever_type,
         chunk_tokens=size,
-        chunk_overlap=size // 8 if cfg.chunk_overlap is None or not size else cfg.chunk_overlap,
+        chunk_overlap=overlap,
         bm25=cfg.bm25,
         dense=cfg.dense,
         progress=sys.stderr.isatty(),

@@ -352,6 +352,12 @@ def test_openqa_says_what_it_needs(tmp_path: Path):
         main(["--mode=openqa", *openqa, f"--texts={tmp_path / 'nowhere'}"])
 
 
+def test_whole_documents_cannot_overlap(tmp_path: Path):
+    asked = write_lines(tmp_path / "q.jsonl", {"id": "a", "text": "The mill."})
+    with pytest.raises(UserError, match="chunk_overlap=5 must be less than chunk_tokens=0"):
+        run(tmp_path, "--mode=jsonl", f"--input={asked}", "--chunk_overlap=5")
+
+
 def test_musique_hops_name_their_documents_and_fill_in_answers(tmp_path: Path):
     unanswerable = MUSIQUE | {"id": "2hop__3", "answerable": False}
     documents, questions, bad, _ = read("hotpotqa", write_lines(tmp_path / "m.jsonl", MUSIQUE, unanswerable))

@@ -16,6 +16,7 @@ from nanochat.retrieval.readers.beir import read_beir
 from nanochat.retrieval.readers.files import read_files
 from nanochat.retrieval.readers.hotpotqa import read_hotpotqa
 from nanochat.retrieval.readers.jsonl import read_jsonl
+from nanochat.retrieval.readers.openqa import read_openqa
 from nanochat.retrieval.readers.reading import Question, Reading
 from nanochat.retrieval.readers.squad import read_squad
 
@@ -25,6 +26,7 @@ READERS: dict[str, Callable[[Path, Reading], Iterator[Document | Question]]] = {
     "squad": read_squad,
     "hotpotqa": read_hotpotqa,
     "beir": read_beir,
+    "openqa": read_openqa,
 }
 
 __all__ = ["READERS", "Question", "Reading"]

@@ -18,6 +18,7 @@ from nanochat.retrieval.document import Document
 from nanochat.retrieval.readers.reading import (
     Question,
     Reading,
+    answers_field,
     checked_object,
     checksum,
     data_files,
@@ -25,7 +26,6 @@ from nanochat.retrieval.readers.reading import (
     list_field,
     question_row,
     text_field,
-    texts_field,
 )
 
 
@@ -61,7 +61,7 @@ def document_of(row: dict[str, Any], default_id: str = "") -> Document:
 def _question(row: dict[str, Any]) -> tuple[list[Document], dict[str, Any]]:
     """-> (documents it brings along, the row to write)."""
     text = text_field(row, "question")
-    answers = texts_field(row["answers"] if "answers" in row else row.get("answer") or [], "answers")
+    answers = answers_field(row)
     answerable = row.get("answerable", True)
     if not isinstance(answerable, bool):
         raise UserError(f"'answerable' is {answerable!r}: expected true or false")

@@ -228,6 +228,11 @@ def texts_field(value: Any, name: str) -> list[str]:
     return list(dict.fromkeys(v for v in values if v.strip()))
 
 
+def answers_field(row: dict[str, Any]) -> list[str]:
+    """`answers` or `answer`: a list of texts, or one text."""
+    return texts_field(row["answers"] if "answers" in row else row.get("answer") or [], "answers")
+
+
 def question_row(
     id: str, question: str, answers: Sequence[str], gold_ids: Sequence[str], answerable: bool = True, **more: Any
 ) -> dict[str, Any]:
