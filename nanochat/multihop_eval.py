@@ -297,7 +297,6 @@ def multihop_eval_main(cfg: MultihopEvalConfig, kb: Any, rows: Sequence[Row]) ->
         with atomic_write(folder / "multihop.jsonl", "w") as f:
             f.writelines(json.dumps(e.record(), ensure_ascii=False) + "\n" for e in episodes)
         print(f"{folder.name}, {name}: EM {cell(per_question([episodes], 'EM'))}", flush=True)
-        checkpoint = checkpoint or folder.name
         return tag
 
     def searching(model: Any, tokenizer: Any, own: list[Row]) -> list[Episode]:
