@@ -8,7 +8,7 @@ of ranks can go on from what another has saved.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -19,7 +19,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.device import Ranks, is_sharded, local, rows_of
+from nanochat.device import Ranks, all_reduce_sum, is_sharded, local, rows_of
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al., chosen for slope at zero; singular values land in 0.7..1.2
 NS_STEPS = 4  # LOG 2026-11-21: 5 costs 2 % more time for the same loss
@@ -41,20 +41,22 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
 SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]\.step")
 PIECE = re.compile(r"(\[\d+:\d+\])?\.\w+$")  # what state_tensors() appends to a parameter's name
+NOTHING = torch.empty(0)
 
 
 @dataclass
 class _Matrices:
-    """The matrices of one shape; this rank updates `mine` and keeps their momentum (len(mine), R, C)."""
+    """The matrices of one shape; this rank updates `mine` and keeps their momentum and gradients, (len(mine), R, C)."""
 
     names: list[str]
     params: list[nn.Parameter]
     mine: list[int]
     momentum: Tensor
+    grads: Tensor
 
 
 class MuonAdamW:
-    """The optimizer of every stage. Gradients are read from param.grad after the ranks have summed them.
+    """The optimizer of every stage: after backward(), gather() sums param.grad over the ranks, then step() updates.
 
     A model that is sharded (device.shard_model) must be so before: each rank then steps the rows it holds.
     groups: role -> parameters (GPT.param_groups); lrs: role -> base learning rate. 'matrix' goes to Muon.
@@ -78,7 +80,7 @@ class MuonAdamW:
         self.matrices = self._group_by_shape(groups["matrix"], names)
         self.shards: dict[str, Tensor] = {}  # name[lo:hi] -> the slice of a parameter this rank updates
         self._sliced = {names[id(p)] for role, params in groups.items() if role != "matrix" for p in params}
-        self._shard_of: list[tuple[nn.Parameter, Tensor, int, int]] = []
+        self._shard_of: list[tuple[nn.Parameter, Tensor]] = []
         adam_groups = []
         for role, params in groups.items():
             shards = [] if role == "matrix" else [self._shard(p, names[id(p)]) for p in params]
@@ -95,7 +97,7 @@ class MuonAdamW:
         for shape, same in shapes.items():
             mine = list(range(self.ranks.rank, len(same), self.ranks.world_size))
             momentum = torch.zeros(len(mine), *shape, device=same[0].device)
-            groups.append(_Matrices([names[id(p)] for p in same], same, mine, momentum))
+            groups.append(_Matrices([names[id(p)] for p in same], same, mine, momentum, NOTHING))
         return groups
 
     def _shard(self, param: nn.Parameter, name: str) -> Tensor:
@@ -105,14 +107,40 @@ class MuonAdamW:
         assert len(shard) == hi - lo
         if shard.numel():
             self.shards[f"{name}[{lo}:{hi}]"] = shard
-        self._shard_of.append((param, shard, lo, hi))
+        self._shard_of.append((param, shard))
         return shard
 
     @torch.no_grad()
+    def gather(self, tokens: float = 1.0, clip: float = 0.0) -> float:
+        """Sum param.grad over the ranks, each at the rank that steps it, divide by the tokens of the step and clip the
+        norm of all -> that norm before it was clipped."""
+        for p in self.params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.sharded:  # there backward() has summed the rows of a rank
+            slices = [local(_grad(param)) for param, shard in self._shard_of if shard.numel()]
+            for m in self.matrices:
+                m.grads = self._to_owners(m)
+        else:
+            own = iter(self._sum_at_owners())
+            for m in (m for m in self.matrices if m.mine):
+                m.grads = torch.stack([next(own) for _ in m.mine]).float()
+            slices = list(own)
+        for shard, grad in zip(self.shards.values(), slices, strict=True):
+            shard.grad = grad
+        grads = [m.grads for m in self.matrices if m.mine] + slices
+        scale = 1.0 / max(tokens, 1.0)
+        norm = torch.stack(torch._foreach_norm(grads)).norm()
+        if self.ranks.world_size > 1:
+            norm = all_reduce_sum(norm.square()).sqrt()
+        norm = scale * float(norm)
+        if clip and norm > clip:
+            scale *= clip / norm
+        torch._foreach_mul_(grads, scale)
+        return norm
+
+    @torch.no_grad()
     def step(self, lr_scale: float = 1.0, momentum: float = 0.95) -> None:
-        """One update from param.grad, then the ranks exchange what each has updated."""
-        for param, shard, lo, hi in self._shard_of:
-            shard.grad = local(_grad(param)) if self.sharded else _grad(param)[lo:hi]
+        """One update from what gather() left, then the ranks exchange what each has updated."""
         for group in self.adamw.param_groups:
             group["lr"] = self.lrs[group["role"]] * lr_scale
         self.adamw.step()
@@ -124,9 +152,8 @@ class MuonAdamW:
     def _muon_step(self, m: _Matrices, lr: float, momentum: float) -> None:
         if not (m.mine or self.sharded):
             return
-        grads = self._to_owners(m) if self.sharded else torch.stack([_grad(m.params[i]) for i in m.mine]).float()
-        m.momentum.lerp_(grads, 1 - momentum)
-        update = orthogonalize(grads.lerp_(m.momentum, momentum), self.dtype)  # Nesterov, (n, R, C)
+        m.momentum.lerp_(m.grads, 1 - momentum)
+        update = orthogonalize(m.grads.lerp_(m.momentum, momentum), self.dtype)  # Nesterov, (n, R, C)
         rows, cols = update.shape[1:]
         scale = lr * max(1.0, rows / cols) ** 0.5
         own = [(m.params[i], u) for i, u in zip(m.mine, update, strict=True)]
@@ -134,6 +161,31 @@ class MuonAdamW:
             if self.weight_decay:
                 p.mul_(1 - lr * self.weight_decay)
             p.add_(u, alpha=-scale)
+
+    def _pieces(self, rank: int, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
+        """What a rank steps, of the parameters or their gradients: whole matrices, then its rows of all others."""
+        world = self.ranks.world_size
+        whole = [of(p) for m in self.matrices for p in m.params[rank::world]]
+        ends = [(param, *rows_of(param.size(0), rank, world)) for param, _ in self._shard_of]
+        return whole + [of(param)[lo:hi] for param, lo, hi in ends if hi > lo]
+
+    def _sum_at_owners(self) -> list[Tensor]:
+        """This rank's pieces of the gradients, summed over the ranks, which send all that one of them steps at once."""
+        pieces = [self._pieces(r, _grad) for r in range(self.ranks.world_size)]
+        if len(pieces) == 1:
+            return pieces[0]
+        sums = [torch.cat([piece.flatten() for piece in of_rank]) for of_rank in pieces]
+        _wait(dist.reduce(flat, dst=r, async_op=True) for r, flat in enumerate(sums))
+        return _like(sums[self.ranks.rank], pieces[self.ranks.rank])
+
+    def _exchange(self) -> None:
+        """Every rank sends what it has stepped."""
+        pieces = [self._pieces(r, torch.Tensor.detach) for r in range(self.ranks.world_size)]
+        flats = [torch.cat([piece.flatten() for piece in of_rank]) for of_rank in pieces]
+        _wait(dist.broadcast(flat, src=r, async_op=True) for r, flat in enumerate(flats))
+        for r, flat in enumerate(flats):
+            if r != self.ranks.rank:
+                torch._foreach_copy_(pieces[r], _like(flat, pieces[r]))
 
     def _to_owners(self, m: _Matrices) -> Tensor:
         """Every rank sends its rows of each gradient to the rank that updates it -> those of this rank, (n, R, C)."""
@@ -163,21 +215,12 @@ class MuonAdamW:
         ends = [rows_of(m.params[0].size(0), r, self.ranks.world_size) for r in range(self.ranks.world_size)]
         return [hi - lo for lo, hi in ends]
 
-    def _exchange(self) -> None:
-        """Every rank sends what it owns: matrices one by one, sliced parameters slice by slice."""
-        for m in self.matrices:
-            for i, p in enumerate(m.params):
-                dist.broadcast(p.detach(), src=i % self.ranks.world_size)
-        for param, _, _, _ in self._shard_of:
-            for r in range(self.ranks.world_size):
-                lo, hi = rows_of(param.size(0), r, self.ranks.world_size)
-                part = param.detach()[lo:hi]
-                if part.numel():
-                    dist.broadcast(part, src=r)
-
     def zero_grad(self) -> None:
-        for p in self.params:
+        """Free the gradients, and what gather() made of them."""
+        for p in (*self.params, *self.shards.values()):
             p.grad = None
+        for m in self.matrices:
+            m.grads = NOTHING
 
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's moments by parameter name, for a checkpoint."""
@@ -229,8 +272,19 @@ def _cut_anew(tensors: dict[str, Tensor], shards: Iterable[str]) -> dict[str, Te
 
 
 def _grad(param: nn.Parameter) -> Tensor:
-    assert param.grad is not None, "step() before every gradient is there"
+    assert param.grad is not None
     return param.grad
+
+
+def _like(flat: Tensor, pieces: list[Tensor]) -> list[Tensor]:
+    """The parts of a flat tensor, in the shapes of those it was made of."""
+    return [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in pieces]), pieces, strict=True)]
+
+
+def _wait(works: Iterable[Any]) -> None:
+    """For what was begun together: all of it is under way before the first is waited for."""
+    for work in list(works):
+        work.wait()
 
 
 def role_rates(cfg: Any, d_model: int, share: float = 1.0) -> dict[str, float]:

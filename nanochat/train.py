@@ -31,7 +31,7 @@ from tqdm import tqdm
 from nanochat import device as devices
 from nanochat.checkpoint import Checkpoint, restore_rng, rng_state, save_checkpoint
 from nanochat.config import UserError
-from nanochat.device import Ranks, all_reduce_sum, load_weights, local, whole_tensors
+from nanochat.device import Ranks, all_reduce_sum, load_weights, whole_tensors
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW, lr_schedule, muon_momentum, role_rates
 from nanochat.run import Run
@@ -146,15 +146,8 @@ class Loop:
         totals = all_reduce_sum(torch.stack((self._loss, self._count)))
         self._loss, self._count = torch.zeros_like(self._loss), torch.zeros_like(self._count)
         loss, tokens = totals.tolist()
-        for p in self.optimizer.params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            if not self.optimizer.sharded:  # there backward() has summed them
-                all_reduce_sum(p.grad)
         self._tokens_of_step = int(tokens)
-        return (loss / tokens if tokens else 0.0), self._average(tokens)
-
-    def _average(self, tokens: float) -> float:
-        return average_gradients(self.optimizer.params, tokens, self.grad_clip, self.optimizer.sharded)
+        return (loss / tokens if tokens else 0.0), self.optimizer.gather(tokens, self.grad_clip)
 
     def _skip(self, loss: float, grad_norm: float) -> None:
         self.bad_steps += 1
@@ -304,22 +297,6 @@ class Loop:
 def _streams(caller: dict[str, Any]) -> list[dict[str, Any]]:
     """What base_train saved; before it knew streams, that was the cursor itself."""
     return caller.get("streams", [caller])
-
-
-def average_gradients(params: list[torch.nn.Parameter], tokens: float, clip: float, sharded: bool = False) -> float:
-    """Divide summed gradients by the tokens of the step and clip their norm, in one pass -> the norm before that.
-
-    Of a sharded model each rank has its rows of every gradient, and the norm is that of all rows."""
-    grads = [local(p.grad) if sharded else p.grad for p in params if p.grad is not None]
-    scale = 1.0 / max(tokens, 1.0)
-    norms = torch.stack(torch._foreach_norm(grads)).norm()
-    if sharded:
-        norms = all_reduce_sum(norms.square()).sqrt()
-    norm = scale * float(norms)
-    if clip and norm > clip:
-        scale *= clip / norm
-    torch._foreach_mul_(grads, scale)
-    return norm
 
 
 def _difference(saved: Any, now: Any) -> str:

@@ -43,7 +43,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import lr_schedule, muon_momentum
 from nanochat.report import log_stage
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import average_gradients, compile_model, memory_advice
+from nanochat.train import compile_model, memory_advice
 from scripts.base_train import BaseTrainConfig, build_model
 from scripts.bench_arch_report import compact, headline, plots, tables
 from tasks.recall import Toy, learn
@@ -170,7 +170,7 @@ def train_once(cfg: BenchArchConfig, tokenizer: Tokenizer, x: Tensor, y: Tensor)
                 part = forward(batch.x, batch.y, doc=doc, loss_reduction="sum")
                 part.backward()
                 total, targets, tokens = total + part.detach(), targets + batch.tokens, tokens + batch.x.numel()
-            average_gradients(optimizer.params, targets, cfg.grad_clip)
+            optimizer.gather(targets, cfg.grad_clip)
             scale = lr_schedule(progress, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
             optimizer.step(scale, muon_momentum(len(dts)))
             optimizer.zero_grad()

@@ -24,7 +24,7 @@ from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import lr_schedule, muon_momentum
 from nanochat.tokenizer import Tokenizer
-from nanochat.train import average_gradients, compile_model
+from nanochat.train import compile_model
 from scripts.base_train import BaseTrainConfig, build_model
 from scripts.plain_model import PlainGPT
 
@@ -69,7 +69,7 @@ def ours(cfg: BenchTrainConfig, vocab_size: int, device: torch.device, dtype: to
     def step(batch: Batch, i: int) -> float:
         loss = forward(batch.x, batch.y, doc=batch.doc if cfg.doc_mask else None, loss_reduction="sum")
         loss.backward()
-        average_gradients(optimizer.params, batch.tokens, cfg.grad_clip)
+        optimizer.gather(batch.tokens, cfg.grad_clip)
         scale = lr_schedule(i / cfg.steps, cfg.warmup_ratio, cfg.warmdown_ratio, cfg.final_lr_frac)
         optimizer.step(scale, muon_momentum(i))
         optimizer.zero_grad()

@@ -45,6 +45,7 @@ def test_adamw_part_equals_torch_and_muon_part_equals_its_definition() -> None:
             p.grad = torch.randn_like(p)
         embed.grad = model.embed.weight.grad.clone()  # pyrefly: ignore
         grad = model.blocks[0].mlp.c_fc.weight.grad.clone()  # pyrefly: ignore
+        optimizer.gather()
         optimizer.step(0.5, muon_momentum(step))
         adamw.param_groups[0]["lr"] = 0.15
         adamw.step()
@@ -61,6 +62,7 @@ def test_state_tensors_resume_exactly() -> None:
             torch.manual_seed(step)
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
+            optimizer.gather()
             optimizer.step()
 
     one = GPT(CONFIG)
@@ -87,7 +89,7 @@ def test_a_foreign_state_is_refused() -> None:
 
 WORKER = """
 import sys, torch
-from nanochat.device import all_reduce_sum, init_ranks, leave_ranks
+from nanochat.device import init_ranks, leave_ranks
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from tests.test_optim import CONFIG, LRS
@@ -98,14 +100,13 @@ for p in model.parameters():  # at zero some gradients are pure rounding, which 
     p.data.add_(0.1 * torch.randn(p.shape, generator=generator))
 optimizer = MuonAdamW(model, model.param_groups(), LRS, ranks=ranks)
 ids = torch.randint(0, 50, (4, 16), generator=torch.Generator().manual_seed(1))
-own = ids[ranks.rank :: ranks.world_size]
+own, norms = ids[ranks.rank :: ranks.world_size], []
 for _ in range(4):
     model(own, own.roll(-1, 1), loss_reduction="sum").backward()
-    for p in optimizer.params:
-        all_reduce_sum(p.grad).div_(64)
+    norms.append(optimizer.gather(64, clip=0.05))
     optimizer.step(); optimizer.zero_grad()
 if ranks.main:
-    torch.save({k: v for k, v in model.state_dict().items()}, sys.argv[1])
+    torch.save({"norms": torch.tensor(norms), **model.state_dict()}, sys.argv[1])
 moments = sum(t.numel() for t in optimizer.state_tensors().values())
 print("moments", moments)
 leave_ranks()
@@ -134,6 +135,7 @@ def test_sharded_over_ranks_equals_one_process(tmp_path: Path, world: int) -> No
         assert done.returncode == 0, done.stderr[-2000:]
         states.append(torch.load(out, weights_only=True))
         moments.append(max(int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("moments")))
+    assert states[0]["norms"].min() > 0.05  # clipped, by the norm of all ranks' gradients
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
     assert moments[1] < 0.75 * moments[0]  # each rank keeps a share of the moments
