@@ -18,7 +18,7 @@
 #   SPEEDRUN_HOP_QUESTIONS=N                      questions to learn searching from (default 12000)
 #   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
-#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 4)
+#   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 3)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/scripts/setup.sh"
 
@@ -91,16 +91,16 @@ cpu_run() {
     local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
         --temperature=1 --top_k=0 --show=1)
     read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=190}"
-    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140}"
-    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60}"
-    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300 --warmdown_ratio=0.8}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140 --eval_tokens=65536}"
+    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60 --eval_tokens=65536}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300 --warmdown_ratio=0.8 --eval_tokens=65536}"
     read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=120 --max_iterations=4 --eval_tokens=65536}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=45}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=36}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
         --run="$RUN" "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
     stage bench_arch - python -m scripts.bench_arch configs/tiny_{transformer,mamba,hybrid}.py --parts=train,length \
-        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-4}" --lrs=0.01 --seeds=1 --lengths=256,1024
+        --budget=seconds --amount="${SPEEDRUN_ARCH_SECONDS:-3}" --lrs=0.01 --seeds=1 --lengths=256,1024
     stage mid_train "mid_checkpoints/$TAG" python -m scripts.mid_train --model_tag="$TAG" --run="$RUN" --save_every=50 \
         "${mid[@]}" --resume
     stage chat_eval_mid - "${ranks[@]}" scripts.chat_eval -i mid "${chat[@]}"

@@ -2,9 +2,10 @@
 is sharded, of the parameters).
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
-four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own, fed with
-slices of the parameters. Which rank keeps which moments is the same whether the model is sharded or not, and any number
-of ranks can go on from what another has saved.
+four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own function,
+fed with slices of the parameters; torch's class imports its compiler, a second and a half of every start. Which rank keeps
+which moments is the same whether the model is sharded or not, and any number of ranks can go on from what another has
+saved.
 """
 
 import re
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from nanochat.config import UserError
 from nanochat.device import Ranks, all_reduce_sum, is_sharded, local, rows_of
@@ -38,7 +40,8 @@ def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
     return (x.mT if tall else x).to(g.dtype)
 
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")  # of torch's AdamW
+ADAMW_EPS = 1e-10
 SLICE = re.compile(r"(.+)\[(\d+):(\d+)\]\.step")
 PIECE = re.compile(r"(\[\d+:\d+\])?\.\w+$")  # what state_tensors() appends to a parameter's name
 NOTHING = torch.empty(0)
@@ -53,6 +56,18 @@ class _Matrices:
     mine: list[int]
     momentum: Tensor
     grads: Tensor
+
+
+@dataclass
+class _Slice:
+    """The rows this rank updates of a parameter that Muon does not; `rows` is a view, `name` is parameter[lo:hi]."""
+
+    name: str
+    role: str
+    param: nn.Parameter
+    rows: Tensor
+    state: dict[str, Tensor]
+    grad: Tensor
 
 
 class MuonAdamW:
@@ -78,15 +93,11 @@ class MuonAdamW:
         self.sharded = any(is_sharded(p) for p in self.params)
         names = {id(p): n for n, p in model.named_parameters()}
         self.matrices = self._group_by_shape(groups["matrix"], names)
-        self.shards: dict[str, Tensor] = {}  # name[lo:hi] -> the slice of a parameter this rank updates
-        self._sliced = {names[id(p)] for role, params in groups.items() if role != "matrix" for p in params}
-        self._shard_of: list[tuple[nn.Parameter, Tensor]] = []
-        adam_groups = []
-        for role, params in groups.items():
-            shards = [] if role == "matrix" else [self._shard(p, names[id(p)]) for p in params]
-            if any(s.numel() for s in shards):
-                adam_groups.append({"params": [s for s in shards if s.numel()], "lr": lrs[role], "role": role})
-        self.adamw = torch.optim.AdamW(adam_groups, betas=betas, eps=1e-10, weight_decay=0.0, fused=True)
+        self.betas = betas
+        others = [(role, p) for role, params in groups.items() if role != "matrix" for p in params]
+        self._others = [p for _, p in others]
+        self._sliced = {names[id(p)] for p in self._others}
+        self.slices = [s for role, p in others if len((s := self._slice(role, p, names[id(p)])).rows)]
 
     def _group_by_shape(self, params: Iterable[nn.Parameter], names: dict[int, str]) -> list[_Matrices]:
         shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -100,15 +111,12 @@ class MuonAdamW:
             groups.append(_Matrices([names[id(p)] for p in same], same, mine, momentum, NOTHING))
         return groups
 
-    def _shard(self, param: nn.Parameter, name: str) -> Tensor:
-        """The rows of param this rank updates, as a view: stepping it changes the parameter itself."""
+    def _slice(self, role: str, param: nn.Parameter, name: str) -> _Slice:
         lo, hi = rows_of(param.size(0), self.ranks.rank, self.ranks.world_size)
-        shard = local(param) if self.sharded else param.detach()[lo:hi]
-        assert len(shard) == hi - lo
-        if shard.numel():
-            self.shards[f"{name}[{lo}:{hi}]"] = shard
-        self._shard_of.append((param, shard))
-        return shard
+        rows = local(param) if self.sharded else param.detach()[lo:hi]
+        assert len(rows) == hi - lo
+        state = {key: torch.zeros_like(rows) for key in ADAMW_STATE} | {"step": rows.new_zeros((), dtype=torch.float32)}
+        return _Slice(f"{name}[{lo}:{hi}]", role, param, rows, state, NOTHING)
 
     @torch.no_grad()
     def gather(self, tokens: float = 1.0, clip: float = 0.0) -> float:
@@ -117,17 +125,16 @@ class MuonAdamW:
         for p in self.params:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if self.sharded:  # there backward() has summed the rows of a rank
-            slices = [local(_grad(param)) for param, shard in self._shard_of if shard.numel()]
+            own = iter([local(_grad(s.param)) for s in self.slices])
             for m in self.matrices:
                 m.grads = self._to_owners(m)
         else:
             own = iter(self._sum_at_owners())
             for m in (m for m in self.matrices if m.mine):
                 m.grads = torch.stack([next(own) for _ in m.mine]).float()
-            slices = list(own)
-        for shard, grad in zip(self.shards.values(), slices, strict=True):
-            shard.grad = grad
-        grads = [m.grads for m in self.matrices if m.mine] + slices
+        for s, grad in zip(self.slices, own, strict=True):
+            s.grad = grad
+        grads = [m.grads for m in self.matrices if m.mine] + [s.grad for s in self.slices]
         scale = 1.0 / max(tokens, 1.0)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         if self.ranks.world_size > 1:
@@ -141,13 +148,19 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0, momentum: float = 0.95) -> None:
         """One update from what gather() left, then the ranks exchange what each has updated."""
-        for group in self.adamw.param_groups:
-            group["lr"] = self.lrs[group["role"]] * lr_scale
-        self.adamw.step()
+        for role in {s.role: None for s in self.slices}:
+            self._adamw_step([s for s in self.slices if s.role == role], self.lrs[role] * lr_scale)
         for m in self.matrices:
             self._muon_step(m, self.lrs["matrix"] * lr_scale, momentum)
         if self.ranks.world_size > 1 and not self.sharded:
             self._exchange()
+
+    def _adamw_step(self, slices: list[_Slice], lr: float) -> None:
+        steps, means, squares = ([s.state[key] for s in slices] for key in ADAMW_STATE)
+        adamw(
+            [s.rows for s in slices], [s.grad for s in slices], means, squares, [], steps, fused=True, amsgrad=False,
+            beta1=self.betas[0], beta2=self.betas[1], lr=lr, weight_decay=0.0, eps=ADAMW_EPS, maximize=False,
+        )  # fmt: skip
 
     def _muon_step(self, m: _Matrices, lr: float, momentum: float) -> None:
         if not (m.mine or self.sharded):
@@ -166,7 +179,7 @@ class MuonAdamW:
         """What a rank steps, of the parameters or their gradients: whole matrices, then its rows of all others."""
         world = self.ranks.world_size
         whole = [of(p) for m in self.matrices for p in m.params[rank::world]]
-        ends = [(param, *rows_of(param.size(0), rank, world)) for param, _ in self._shard_of]
+        ends = [(param, *rows_of(param.size(0), rank, world)) for param in self._others]
         return whole + [of(param)[lo:hi] for param, lo, hi in ends if hi > lo]
 
     def _sum_at_owners(self) -> list[Tensor]:
@@ -217,18 +230,17 @@ class MuonAdamW:
 
     def zero_grad(self) -> None:
         """Free the gradients, and what gather() made of them."""
-        for p in (*self.params, *self.shards.values()):
+        for p in self.params:
             p.grad = None
+        for s in self.slices:
+            s.grad = NOTHING
         for m in self.matrices:
             m.grads = NOTHING
 
     def state_tensors(self) -> dict[str, Tensor]:
         """This rank's moments by parameter name, for a checkpoint."""
         out = {f"{m.names[i]}.momentum": m.momentum[j] for m in self.matrices for j, i in enumerate(m.mine)}
-        for name, shard in self.shards.items():
-            for key, value in self.adamw.state.get(shard, {}).items():
-                out[f"{name}.{key}"] = value
-        return out
+        return out | {f"{s.name}.{key}": value for s in self.slices for key, value in s.state.items()}
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Restore state_tensors() of this rank, or those of all ranks, of any number, together.
@@ -236,9 +248,9 @@ class MuonAdamW:
         Raises UserError when they belong to another model, or lack what this rank needs."""
         if not tensors:
             return
-        tensors = _cut_anew(tensors, self.shards)
+        tensors = _cut_anew(tensors, [s.name for s in self.slices])
         expected = {f"{m.names[i]}.momentum" for m in self.matrices for i in m.mine}
-        expected |= {f"{name}.{key}" for name in self.shards for key in ADAMW_STATE}
+        expected |= {f"{s.name}.{key}" for s in self.slices for key in ADAMW_STATE}
         known = {name for m in self.matrices for name in m.names} | self._sliced
         if odd := sorted((expected - set(tensors)) | {t for t in tensors if PIECE.sub("", t) not in known}):
             raise UserError(
@@ -248,8 +260,9 @@ class MuonAdamW:
         for m in self.matrices:
             for j, i in enumerate(m.mine):
                 m.momentum[j].copy_(tensors[f"{m.names[i]}.momentum"])
-        for name, shard in self.shards.items():
-            self.adamw.state[shard] = {k: tensors[f"{name}.{k}"].to(shard.device, copy=True) for k in ADAMW_STATE}
+        for s in self.slices:
+            for key, value in s.state.items():
+                value.copy_(tensors[f"{s.name}.{key}"])
 
 
 def _cut_anew(tensors: dict[str, Tensor], shards: Iterable[str]) -> dict[str, Tensor]:
