@@ -3,9 +3,9 @@ is sharded, of the parameters).
 
 Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon): the update of a matrix is its momentum, orthogonalised by
 four quintic Newton-Schulz iterations (Jordan's five bought nothing here, docs/LOG.md). AdamW is torch's own function,
-fed with slices of the parameters; torch's class imports its compiler, a second and a half of every start. Which rank keeps
-which moments is the same whether the model is sharded or not, and any number of ranks can go on from what another has
-saved.
+fed with slices of the parameters; torch's class imports its compiler, a second and a half of every start. Which rank
+keeps which moments is the same whether the model is sharded or not, and any number of ranks can go on from what another
+has saved.
 """
 
 import re
