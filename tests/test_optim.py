@@ -105,6 +105,7 @@ for _ in range(4):
     model(own, own.roll(-1, 1), loss_reduction="sum").backward()
     norms.append(optimizer.gather(64, clip=0.05))
     optimizer.step(); optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules  # it makes every start slower by a second and a half
 if ranks.main:
     torch.save({"norms": torch.tensor(norms), **model.state_dict()}, sys.argv[1])
 moments = sum(t.numel() for t in optimizer.state_tensors().values())
