@@ -148,6 +148,7 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, lr_scale: float = 1.0, momentum: float = 0.95) -> None:
         """One update from what gather() left, then the ranks exchange what each has updated."""
+        assert all(s.grad.shape == s.rows.shape for s in self.slices), "step() without gather()"  # adamw would crash
         for role in {s.role: None for s in self.slices}:
             self._adamw_step([s for s in self.slices if s.role == role], self.lrs[role] * lr_scale)
         for m in self.matrices:

@@ -110,7 +110,7 @@ def train(toy: Toy, lr: float) -> tuple[GPT, int]:
             return model, step
         x, y = toy.draw(toy.batch_size, toy.config.seq_len, generator)
         model(x, y).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.gather(clip=1.0)
         optimizer.step(lr_schedule(step / toy.steps, 0.05, 0.5, 0.0), muon_momentum(step))
         optimizer.zero_grad()
     return model, toy.steps

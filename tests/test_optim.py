@@ -79,6 +79,20 @@ def test_state_tensors_resume_exactly() -> None:
         assert torch.equal(p, q), name
 
 
+def test_a_step_without_gradients_is_refused() -> None:
+    model = GPT(CONFIG)
+    model.init_weights(0)
+    optimizer = MuonAdamW(model, model.param_groups(), LRS)
+    ids = torch.randint(0, 50, (2, 8))
+    for _ in range(2):
+        model(ids, ids).backward()
+        with pytest.raises(AssertionError, match="without gather"):
+            optimizer.step()
+        optimizer.gather()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_a_foreign_state_is_refused() -> None:
     model = GPT(CONFIG)
     model.init_weights(0)
