@@ -115,7 +115,8 @@ class MuonAdamW:
         lo, hi = rows_of(param.size(0), self.ranks.rank, self.ranks.world_size)
         rows = local(param) if self.sharded else param.detach()[lo:hi]
         assert len(rows) == hi - lo
-        state = {key: torch.zeros_like(rows) for key in ADAMW_STATE} | {"step": rows.new_zeros((), dtype=torch.float32)}
+        moments = (rows.new_zeros((), dtype=torch.float32), torch.zeros_like(rows), torch.zeros_like(rows))
+        state = dict(zip(ADAMW_STATE, moments, strict=True))
         return _Slice(f"{name}[{lo}:{hi}]", role, param, rows, state, NOTHING)
 
     @torch.no_grad()
@@ -195,7 +196,8 @@ class MuonAdamW:
     def _exchange(self) -> None:
         """Every rank sends what it has stepped."""
         pieces = [self._pieces(r, torch.Tensor.detach) for r in range(self.ranks.world_size)]
-        flats = [torch.cat([piece.flatten() for piece in of_rank]) for of_rank in pieces]
+        flats = [of_rank[0].new_empty(sum(piece.numel() for piece in of_rank)) for of_rank in pieces]
+        torch.cat([piece.flatten() for piece in pieces[self.ranks.rank]], out=flats[self.ranks.rank])
         _wait(dist.broadcast(flat, src=r, async_op=True) for r, flat in enumerate(flats))
         for r, flat in enumerate(flats):
             if r != self.ranks.rank:
