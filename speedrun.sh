@@ -15,7 +15,7 @@
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
 #   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500), a fifth of
 #                                                 them from each number of documents
-#   SPEEDRUN_HOP_QUESTIONS=N                      questions to learn searching from (default 12000)
+#   SPEEDRUN_HOP_QUESTIONS=N                      questions to learn searching from (default 6000)
 #   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 3)
@@ -91,11 +91,11 @@ cpu_run() {
     local chat=(--model_tag="$TAG" --max_problems="${SPEEDRUN_PROBLEMS:-400}" --max_new_tokens=32 --num_samples=2
         --temperature=1 --top_k=0 --show=1)
     read -ra flags <<<"${SPEEDRUN_TRAIN:---num_iterations=190}"
-    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140 --eval_tokens=65536}"
-    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60 --eval_tokens=65536}"
-    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=300 --warmdown_ratio=0.8 --eval_tokens=65536}"
-    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=120 --max_iterations=4 --eval_tokens=65536}"
-    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=36}"
+    read -ra mid <<<"${SPEEDRUN_MID:---num_iterations=140 --eval_tokens=32768}"
+    read -ra sft <<<"${SPEEDRUN_SFT:---num_iterations=60 --eval_tokens=32768}"
+    read -ra rag <<<"${SPEEDRUN_RAG:---num_iterations=260 --warmdown_ratio=0.8 --eval_tokens=32768}"
+    read -ra refrag <<<"${SPEEDRUN_REFRAG:---num_iterations=100 --max_iterations=4 --eval_tokens=32768}"
+    read -ra rl <<<"${SPEEDRUN_RL:---num_iterations=30}"
     stage base_train "base_checkpoints/$TAG" python -m scripts.base_train configs/tiny_hybrid.py --attn_conv=4 \
         --run="$RUN" "${flags[@]}" --resume
     stage base_loss - python -m scripts.base_loss --model_tag="$TAG" --split_tokens=65536 --device_batch_size=8
@@ -117,7 +117,7 @@ cpu_run() {
     stage rag_eval - "${ranks[@]}" scripts.rag_eval --model_tag="$TAG" --knowledge_base="$NANOCHAT_BASE_DIR/rag_data" \
         --max_doc_length=64 --max_problems="${SPEEDRUN_RAG_PROBLEMS:-500}" --size_questions="$(((${SPEEDRUN_RAG_PROBLEMS:-500} + 4) / 5))"
     stage hop_data hop_data/dataset.json python -m scripts.prepare_rag_dataset --mode world --world_size=base --chunk_tokens=0 \
-        --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-12000}" --val_share=0.05 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
+        --kinds=1hop,2hop,3hop,missing --questions="${SPEEDRUN_HOP_QUESTIONS:-6000}" --val_share=0.1 --output="$NANOCHAT_BASE_DIR/hop_data" --overwrite
     stage refrag_finetune "refrag_checkpoints/$TAG" "${ranks[@]}" scripts.refrag_finetune --model_tag="$TAG" --run="$RUN" \
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --eval_every=0 --eval_examples=24 --max_new_tokens=400 \
         --examples_per_step=8 --device_batch_size=4 "${refrag[@]}" --resume

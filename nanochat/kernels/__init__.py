@@ -32,7 +32,7 @@ from torch import Tensor
 
 from nanochat import ops
 from nanochat.config import UserError
-from nanochat.kernels import decode, native, optional, triton_scan, triton_ssd
+from nanochat.kernels import decode, native, optional
 
 CHOICES = ("auto", "fast", "reference")
 BLOCK_ATTENTION_MAX_T = 4096  # above, the stored probabilities of block_attention outgrow its gain
@@ -143,6 +143,27 @@ def _fla_delta_rule(
     return optional.gated_delta_rule(q, k, v, g, beta, scale, initial_state, return_final_state, **rows)
 
 
+# Importing triton takes a sixth of the start of a command, so it waits for a device that our Triton kernels may run on.
+
+
+def _triton_scan(*args: Any, **options: Any) -> Any:
+    from nanochat.kernels import triton_scan
+
+    return triton_scan.selective_scan(*args, **options)
+
+
+def _triton_ssd(*args: Any, **options: Any) -> Any:
+    from nanochat.kernels import triton_ssd
+
+    return triton_ssd.ssd_scan(*args, **options)
+
+
+def _triton_runs(device: torch.device, dtype: torch.dtype) -> str | None:
+    from nanochat.kernels import triton_scan
+
+    return triton_scan.available(device)
+
+
 # What each implementation serves: predicates with the arguments of their operation.
 
 
@@ -206,8 +227,8 @@ def _package(package: optional.Package, half_only: bool = False) -> WhyNot:
     return why_not
 
 
-def _any_dtype(available: Callable[[torch.device], str | None]) -> WhyNot:
-    return lambda device, dtype: available(device)
+def _native_runs(device: torch.device, dtype: torch.dtype) -> str | None:
+    return native.available(device)
 
 
 def _decode_runs(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -233,7 +254,7 @@ CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
         "scan": [
             Implementation(
                 "native",
-                _any_dtype(native.available),
+                _native_runs,
                 native.selective_scan,
                 _scan_served,
                 step=native.selective_state_update,
@@ -251,14 +272,14 @@ CANDIDATES: dict[str, dict[str, list[Implementation]]] = {
             Implementation(
                 "mamba_ssm", _package(optional.SELECTIVE_SCAN), optional.selective_scan, _scan_served_by_mamba_ssm
             ),
-            Implementation("triton", _any_dtype(triton_scan.available), triton_scan.selective_scan, _scan_served),
+            Implementation("triton", _triton_runs, _triton_scan, _scan_served),
         ],
         "conv": [
             Implementation("causal_conv1d", _package(optional.CAUSAL_CONV1D), optional.causal_conv1d, _conv_served)
         ],
         "ssd": [
             Implementation("mamba_ssm", _package(optional.SSD_SCAN, True), optional.ssd_scan, _ssd_served_by_mamba_ssm),
-            Implementation("triton", _any_dtype(triton_ssd.available), triton_ssd.ssd_scan, _ssd_served),
+            Implementation("triton", _triton_runs, _triton_ssd, _ssd_served),
         ],
         "delta": [Implementation("fla", _package(optional.GATED_DELTA_RULE, True), _fla_delta_rule, _delta_served)],
     },
