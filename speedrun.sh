@@ -84,7 +84,7 @@ cpu_run() {
     # what writes texts step by step does more in two processes of one thread than in one of two
     local -a ranks=(python -m nanochat.launch "${SPEEDRUN_PROCESSES:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}")
     stage dataset base_data python -m nanochat.dataset
-    stage tok_train tokenizer python -m scripts.tok_train --vocab_size=8192 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
+    stage tok_train tokenizer python -m scripts.tok_train --vocab_size=4096 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
     local -a flags mid sft rag refrag rl
     # answers are sampled, as one who chats would and as reinforcement learning is rewarded

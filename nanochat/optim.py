@@ -106,7 +106,7 @@ class MuonAdamW:
             shapes.setdefault(p.shape, []).append(p)
         groups = []
         for shape, same in shapes.items():
-            mine = list(range(self.ranks.rank, len(same), self.ranks.world_size))
+            mine = list(_owned(len(same), self.ranks.rank, self.ranks.world_size))
             momentum = torch.zeros(len(mine), *shape, device=same[0].device)
             groups.append(_Matrices([names[id(p)] for p in same], same, mine, momentum, NOTHING))
         return groups
@@ -180,7 +180,7 @@ class MuonAdamW:
     def _pieces(self, rank: int, of: Callable[[nn.Parameter], Tensor]) -> list[Tensor]:
         """What a rank steps, of the parameters or their gradients: whole matrices, then its rows of all others."""
         world = self.ranks.world_size
-        whole = [of(p) for m in self.matrices for p in m.params[rank::world]]
+        whole = [of(m.params[i]) for m in self.matrices for i in _owned(len(m.params), rank, world)]
         ends = [(param, *rows_of(param.size(0), rank, world)) for param in self._others]
         return whole + [of(param)[lo:hi] for param, lo, hi in ends if hi > lo]
 
@@ -224,7 +224,8 @@ class MuonAdamW:
 
     def _by_owner(self, m: _Matrices) -> list[range]:
         """The matrices each rank updates."""
-        return [range(r, len(m.params), self.ranks.world_size) for r in range(self.ranks.world_size)]
+        world = self.ranks.world_size
+        return [_owned(len(m.params), r, world) for r in range(world)]
 
     def _rows(self, m: _Matrices) -> list[int]:
         """How many rows of a matrix each rank holds."""
@@ -285,6 +286,11 @@ def _cut_anew(tensors: dict[str, Tensor], shards: Iterable[str]) -> dict[str, Te
                 rows = [tensors[f"{name}[{a}:{b}].{key}"][max(lo - a, 0) : hi - a] for a, b in parts]
                 out[f"{shard}.{key}"] = torch.cat(rows)
     return out
+
+
+def _owned(n: int, rank: int, world_size: int) -> range:
+    """Those of n matrices of one shape that a rank steps."""
+    return range(rank, n, world_size)
 
 
 def _grad(param: nn.Parameter) -> Tensor:
