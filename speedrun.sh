@@ -17,6 +17,7 @@
 #                                                 them from each number of documents
 #   SPEEDRUN_HOP_QUESTIONS=N                      questions to learn searching from (default 6000)
 #   SPEEDRUN_HOP_PROBLEMS=N                       questions that are answered by searching step by step (default 100)
+#   SPEEDRUN_VOCAB=N                              size of its vocabulary (default 4096)
 #   SPEEDRUN_MAX_CHARS=N                          characters its tokenizer is trained on (default 20 million)
 #   SPEEDRUN_ARCH_SECONDS=N                       training of each architecture that is compared (default 3)
 set -euo pipefail
@@ -84,7 +85,7 @@ cpu_run() {
     # what writes texts step by step does more in two processes of one thread than in one of two
     local -a ranks=(python -m nanochat.launch "${SPEEDRUN_PROCESSES:-$(python -c 'import os; print(min(2, os.cpu_count() or 1))')}")
     stage dataset base_data python -m nanochat.dataset
-    stage tok_train tokenizer python -m scripts.tok_train --vocab_size=4096 --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
+    stage tok_train tokenizer python -m scripts.tok_train --vocab_size="${SPEEDRUN_VOCAB:-4096}" --max_chars="${SPEEDRUN_MAX_CHARS:-20000000}"
     stage tok_eval - python -m scripts.tok_eval
     local -a flags mid sft rag refrag rl
     # answers are sampled, as one who chats would and as reinforcement learning is rewarded
