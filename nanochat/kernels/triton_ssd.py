@@ -21,10 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanochat.kernels.optional import NO_LIMIT, documents
-from nanochat.kernels.triton_scan import available, jit, tl, triton
+from nanochat.kernels.triton_scan import jit, tl, triton
 from nanochat.ops.rows import valid_tokens
-
-__all__ = ["available", "chunk_states", "ssd_scan"]
 
 BLOCK = 64  # rows, and at most columns, of a tile
 
@@ -145,7 +143,7 @@ def chunk_states(x: Tensor, dt: Tensor, decay_to_end: Tensor, B: Tensor) -> Tens
 
     x: (B, nc, Q, H, P), dt: (B, nc, Q, H), decay_to_end: (B, nc, Q, H) float32, exp taken and 0 where a later document
     begins, B: (B, nc, Q, G, N) in x's dtype, G divides H -> (B, nc, H, P, N) float32. Any strides. Differentiable once,
-    in all four. `available` must be None.
+    in all four. `triton_scan.available` must be None.
     """
     assert x.dtype == B.dtype and x.size(3) % B.size(3) == 0, (x.dtype, B.dtype, x.shape, B.shape)
     if not x.is_cuda:  # the interpreter's dot reads bfloat16 as integers
@@ -224,7 +222,7 @@ def ssd_scan(
     float32). Any T.
 
     Differentiable once. The backward keeps B T H Q decays in float32 and as many weights in x's dtype, and a state
-    (H, P, N) per chunk. `available` must be None.
+    (H, P, N) per chunk. `triton_scan.available` must be None.
     """
     (_, T, H, P), N, pad = x.shape, B.size(-1), -x.size(1) % chunk_size
     dt = dt.float() if dt_bias is None else dt.float() + dt_bias
