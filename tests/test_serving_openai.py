@@ -3,18 +3,24 @@
 import asyncio
 import contextlib
 import json
+import logging
+import socket
+import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from serving_model import make
 from test_serving import scripted
 
 from nanochat.engine import Engine, calculator
 from nanochat.serving import prompts
 from nanochat.serving.app import make_app
+from nanochat.serving.exchange import EventStream, Exchange
 from nanochat.serving.functions import Function, Functions
+from nanochat.serving.metrics import Metrics
 from nanochat.serving.scheduler import Limits, Scheduler
 from nanochat.serving.service import Service, Settings
 from nanochat.tools import PYTHON_TOKENS
@@ -169,3 +175,36 @@ def test_other_origins_are_let_in_only_where_named(engine: Engine):
 
     assert asyncio.run(origins(("http://a.b",))) == ["http://a.b"] * 2
     assert asyncio.run(origins(())) == asyncio.run(origins(("http://c.d",))) == [None] * 2
+
+
+def test_a_stream_ends_where_its_client_breaks_off_however_much_is_ready(
+    engine: Engine, caplog: pytest.LogCaptureFixture
+):
+    wire, written = socket.socket(), list[int]()
+
+    async def lines() -> AsyncIterator[str]:
+        yield "data: 0\n\n"
+        wire.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close() is a reset
+        wire.close()
+        for i in range(20):
+            written.append(i)
+            yield f"data: {i}\n\n"
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await EventStream(Exchange(Scheduler(engine), Metrics()), lines())(scope, receive, send)
+
+    async def talk() -> None:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, lifespan="off", log_config=None, http="h11"))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            wire.connect(listener.getsockname())
+            wire.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            serving = asyncio.create_task(server.serve([listener]))
+            async with asyncio.timeout(20):
+                while not written:
+                    await asyncio.sleep(0.01)
+            server.should_exit = True
+            await serving
+
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(talk())
+    assert len(written) < 5 and not caplog.records

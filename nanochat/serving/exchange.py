@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from nanochat.config import UserError
 from nanochat.serving.metrics import Metrics
@@ -112,8 +112,14 @@ class EventStream(StreamingResponse):
         self.exchange = exchange
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def one_a_turn(message: Message) -> None:
+            await send(message)
+            await asyncio.sleep(
+                0
+            )  # a broken connection is told in the loop's next turn, however much is ready to write
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, one_a_turn)
         finally:
             self.exchange.close()
 
