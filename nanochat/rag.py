@@ -15,7 +15,7 @@ max_doc_length ids, whole sentences first.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ MAX_NEW_TOKENS = 64
 class Answer:
     """What a model made of a question. text is empty where it abstained.
 
-    hits: what it was shown; hits[n - 1] is document [n], those of its own searches after those of the prompt.
+    hits: what it was shown; hits[n - 1] is document [n], those of its own searches after those of the prompt. n_found:
+    documents there were for the prompt, whether they fitted or not.
     citations: the numbers it named, in order, also of documents that do not exist. trace: its calls of tools.
     logprob: mean log-probability of the ids it wrote, where asked for. well_formed: as in `parse`.
     """
@@ -50,6 +51,7 @@ class Answer:
     prompt_tokens: int = 0
     logprob: float | None = None
     well_formed: bool = True
+    n_found: int = 0
 
     @property
     def cited(self) -> list[Hit]:
@@ -263,9 +265,17 @@ def answer_batch(
     histories: Sequence[Sequence[dict[str, Any]]] | None = None,
     score: bool = False,
 ) -> list[Answer]:
-    """One search for all questions, then one batch of answers; `answer_from` says the rest."""
+    """One search for all questions, then one batch of answers; `answer_from` says the rest. Where nothing is found the
+    model is not asked: it has nothing to answer from, so that is an abstention."""
     hits = kb.search(list(questions), k=top_k, retriever=retriever, where=where) if questions else []
-    return answer_from(engine, questions, hits, max_doc_length, max_new_tokens, temperature, histories, score)
+    replies = [Answer("", (), [], abstained=True) for _ in questions]
+    rows = [i for i, own in enumerate(hits) if own]
+    asked, found = [questions[i] for i in rows], [hits[i] for i in rows]
+    earlier = None if histories is None else [histories[i] for i in rows]
+    made = answer_from(engine, asked, found, max_doc_length, max_new_tokens, temperature, earlier, score)
+    for i, reply in zip(rows, made, strict=True):
+        replies[i] = reply
+    return replies
 
 
 def answer_from(
@@ -297,8 +307,11 @@ def answer_from(
     rows, masks = engine.generate_batch(prompts, max_tokens=max_new_tokens, temperature=temperature, traces=traces)
     logprobs = mean_logprobs(engine.model, rows, masks) if score else [None] * len(rows)
     return [
-        _answer(tokenizer, row, len(prompt), [*own, *_searched(tokenizer, trace)], trace, logprob)
-        for row, prompt, own, trace, logprob in zip(rows, prompts, shown, traces, logprobs, strict=True)
+        replace(
+            _answer(tokenizer, row, len(prompt), [*own, *_searched(tokenizer, trace)], trace, logprob),
+            n_found=len(found),
+        )
+        for row, prompt, own, found, trace, logprob in zip(rows, prompts, shown, hits, traces, logprobs, strict=True)
     ]
 
 

@@ -53,7 +53,7 @@ class Evidence:
         if what == "retrieved":
             return self.retrieved
         if what == "retrieved for another":
-            return [self.retrieved[self.another(i)] for i in range(len(self.questions))]
+            return [self.of_another(i) for i in range(len(self.questions))]
         if what == "gold":
             return [gold or found for gold, found in zip(self.gold, self.retrieved, strict=True)]
         return [
@@ -82,15 +82,18 @@ class Evidence:
         rest.insert(i % (len(rest) + 1), gold[0])
         return rest
 
-    def another(self, i: int) -> int:
-        """A question whose retrieved documents hold no gold document of question i."""
+    def of_another(self, i: int) -> Hits:
+        """What was retrieved for a question that found no gold document of question i; where all of few questions found
+        some, the most that one found without them."""
         n, gold = len(self.questions), self.questions[i].gold_ids
-        for step in range(n // 2, n // 2 + n):
-            j = (i + step) % n
+        most: Hits = []
+        for j in ((i + step) % n for step in range(n // 2, n // 2 + n)):
             found = self.retrieved[j]
-            if j != i and found and gold.isdisjoint(hit.document.id for hit in found):
-                return j
-        raise UserError(f"question {self.questions[i].id}: all {n} questions find its documents: give more questions")
+            other = [hit for hit in found if hit.document.id not in gold]
+            if j != i and found and len(other) == len(found):
+                return found
+            most = max(most, other, key=len)
+        return most
 
 
 def may_distract(question: Question, hit: Hit) -> bool:

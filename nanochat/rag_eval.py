@@ -53,6 +53,7 @@ class Question:
 
     clues: texts by which the passage of a gold document is found. outdated: answers that were right before the
     documents were changed. own: documents in place of those of the same id. form: the relation asked for, in the world.
+    steps: what each step on the way finds.
     """
 
     id: str
@@ -65,6 +66,7 @@ class Question:
     outdated: tuple[str, ...] = ()
     own: tuple[Document, ...] = ()
     form: str = ""
+    steps: tuple[tuple[str, ...], ...] = ()
 
     @property
     def gold_ids(self) -> frozenset[str]:
@@ -80,7 +82,8 @@ def question_from(row: dict[str, Any], name: str) -> Question:
     hops = row.get("hops") or []
     groups = [hop.get("gold_ids") or [] for hop in hops] if answerable else []
     gold = groups if groups and all(groups) else [[id] for id in row.get("gold_ids", [])]
-    clues = [*answers, *(hop["answer"] for hop in hops if hop.get("answer"))]
+    steps = tuple((hop["answer"],) for hop in hops if hop.get("answer"))
+    clues = [*answers, *(clue for (clue,) in steps)]
     outdated = [*row.get("memory_answers", []), *row.get("stale_answers", [])] if answerable else []
     own = [
         Document(str(d.get("id", f"{id}#{n}")), d["text"], d.get("title", ""), d.get("metadata", {}))
@@ -89,7 +92,7 @@ def question_from(row: dict[str, Any], name: str) -> Question:
     kind = str(row.get("kind") or ("answerable" if answerable else "unanswerable"))
     return Question(
         id, row["question"], answers, answerable, kind, tuple(map(tuple, gold)), tuple(clues), tuple(outdated),
-        tuple(own), str((row.get("relations") or [""])[-1]),
+        tuple(own), str((row.get("relations") or [""])[-1]), steps,
     )  # fmt: skip
 
 
@@ -117,6 +120,15 @@ class Prediction:
     def answered(self) -> bool:
         return not (self.abstained or not normalize(self.text) or normalize(self.text).startswith(DECLINES))
 
+    @property
+    def said(self) -> bool:
+        """Whether it wrote anything: an answer "A" is nothing once articles are taken off, and silence is no match."""
+        return bool(self.text.strip()) and not self.abstained
+
+    @cached_property
+    def em(self) -> float | None:
+        return _where(self.question.answerable, self.said and exact_match(self.text, self.question.answers))
+
     @cached_property
     def right(self) -> bool:
         q = self.question
@@ -135,7 +147,7 @@ class Prediction:
         return {
             "id": q.id, "kind": q.kind, "question": q.text, "answers": q.answers, "answerable": q.answerable,
             "text": self.text, "abstained": self.abstained, "citations": self.citations, "right": self.right,
-            "em": exact_match(self.text, q.answers) if q.answerable else None, "supported": self.supported,
+            "em": self.em, "supported": self.supported,
             "sufficient": self.sufficient, "documents": self.shown, "dropped": len(self.offered) - len(self.shown),
             "gold": q.gold, "logprob": self.logprob, "prompt_tokens": self.prompt_tokens,
             "well_formed": self.well_formed,
@@ -157,13 +169,15 @@ def passage_text(hit: Hit) -> str:
 
 
 def is_sufficient(question: Question, shown: Sequence[Hit]) -> bool | None:
-    """Every piece of evidence is shown, and an answer that the whole gold documents state was not cut off."""
+    """Every piece of evidence is shown, and of what the whole gold documents state nothing that is needed was cut off:
+    an answer, and the result of each step."""
     if not question.gold:
         return None
     ids = {hit.document.id for hit in shown}
     gold = [hit for hit in shown if hit.document.id in question.gold_ids]
     whole = [f"{hit.document.title}\n{hit.document.text}" for hit in gold]
-    cut = _states(whole, question.answers) and not _states(list(map(passage_text, gold)), question.answers)
+    left = list(map(passage_text, gold))
+    cut = any(_states(whole, said) and not _states(left, said) for said in (question.answers, *question.steps))
     return question.answerable and all(ids & set(group) for group in question.gold) and not cut
 
 
@@ -185,11 +199,11 @@ def _states(texts: Sequence[str], answers: Sequence[str]) -> bool:
 def _values(p: Prediction) -> dict[str, float | None]:
     """Every metric of one prediction; the docstring of this module says what they mean."""
     q, ok = p.question, p.right
-    em = exact_match(p.text, q.answers) if q.answerable else None
+    em = p.em
     enough = q.answerable and p.sufficient is True
     return {
         "EM": em,
-        "F1": f1(p.text, q.answers) if q.answerable else None,
+        "F1": _where(q.answerable, p.said and f1(p.text, q.answers)),
         "reading EM": em if enough else None,
         "documents sufficient": _where(q.answerable and p.sufficient is not None, bool(p.sufficient)),
         "accuracy": float(ok),

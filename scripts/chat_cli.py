@@ -26,7 +26,7 @@ from nanochat.common import base_dir, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.engine import Engine, Session, StreamDecoder, calculator, python
-from nanochat.rag import MAX_DOC_LENGTH, MAX_NEW_TOKENS, Answer, answer_from, answer_parts, open_base
+from nanochat.rag import MAX_DOC_LENGTH, MAX_NEW_TOKENS, Answer, answer_batch, answer_parts, open_base
 from nanochat.retrieval.document import Hit
 
 with contextlib.suppress(ImportError):  # arrow keys and history in input(), where the platform has them
@@ -193,14 +193,14 @@ class Sourced:
     def say(self, text: str) -> Iterator[str]:
         """The answer, then its sources. Questions that were not answered are not shown again."""
         cfg, max_tokens = self.cfg, self.cfg.max_tokens
-        hits = self.kb.search(text, k=cfg.top_k or DOCUMENTS, retriever=cfg.retriever_type)
-        [reply] = answer_from(
-            self.engine, [text], [hits], cfg.max_doc_length or MAX_DOC_LENGTH,
+        [reply] = answer_batch(
+            self.engine, self.kb, [text], cfg.top_k or DOCUMENTS, cfg.retriever_type,
+            MAX_DOC_LENGTH if cfg.max_doc_length is None else cfg.max_doc_length,
             MAX_NEW_TOKENS if max_tokens is None else max_tokens, histories=[self.history],
         )  # fmt: skip
-        if len(reply.hits) < len(hits):
+        if len(reply.hits) < reply.n_found:
             context = self.engine.max_context
-            note(f"of {len(hits)} documents found, {len(reply.hits)} fit the context of {context} tokens")
+            note(f"of {reply.n_found} documents found, {len(reply.hits)} fit the context of {context} tokens")
         yield said(reply)
         yield sources(reply)
         if reply.text:

@@ -36,10 +36,12 @@ BATCH = 1024  # queries of one search
 
 def usable(rows: Sequence[Row], max_hops: int) -> list[Row]:
     """The rows that tell their steps, at most so many, and rest on the knowledge base as it is. UserError for none."""
-    kept = [row for row in rows if row.get("hops") and len(row["hops"]) <= max_hops and not row.get("documents")]
+    told = {"query", "answer", "gold_ids"}
+    kept = [row for row in rows if row.get("hops") and all(told <= hop.keys() for hop in row["hops"])]
+    kept = [row for row in kept if len(row["hops"]) <= max_hops and not row.get("documents")]
     if not kept:
         raise UserError(
-            f"none of {len(rows)} questions has 1 to {max_hops} hops with their queries: make some by "
+            f"none of {len(rows)} questions has 1 to {max_hops} hops with query, answer and gold_ids: make some by "
             f"`python -m scripts.prepare_rag_dataset --mode world --kinds=1hop,2hop,3hop,missing`"
         )
     return kept

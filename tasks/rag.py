@@ -24,7 +24,8 @@ A row that brings documents along has them in place of those with the same id: a
 gold. With "stale_answers" (two documents that disagree) all of them are always shown.
 
 Evidence that max_doc_length cuts off is no evidence: where no shown gold document holds the answer that the whole ones
-hold, the right answer is to abstain.
+hold, or that of a step on the way, the right answer is to abstain. So it is where the gold documents alone need more
+room than there is; they are then left out.
 """
 
 import re
@@ -40,6 +41,7 @@ from nanochat.conversation import render_documents
 from nanochat.rag import MAX_DOC_LENGTH, answer_parts, n_around, question_conversation, shorten
 from nanochat.retrieval.chunking import chunk_spans
 from nanochat.retrieval.metrics import exact_match
+from nanochat.retrieval.readers.reading import checked_hops
 from nanochat.world_names import Dice
 from tasks.common import Kind, Task, check_split
 from tasks.data import numbered_lines
@@ -131,13 +133,25 @@ def _checked(row: Any, where: str) -> Row:
             raise UserError(
                 f'{where}: document {str(document)[:60]!r}, expected {{"id": str, "text": str, "title": str}}'
             )
+    relations = row.get("relations") or []
+    if not isinstance(relations, list) or not all(isinstance(r, str) for r in relations):
+        raise UserError(f"{where}: relations is {str(relations)[:60]!r}, expected a list of texts")
+    try:
+        checked_hops(row.get("hops"))
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
     return row
 
 
 def hops(row: Row) -> list[list[str]]:
     """For each step of an answerable row the ids of documents of which one must be read."""
-    steps = [hop["gold_ids"] for hop in row.get("hops") or []]
+    steps = [hop.get("gold_ids") or [] for hop in row.get("hops") or []]
     return steps if steps and all(steps) else [[id] for id in row["gold_ids"]]
+
+
+def clues(row: Row) -> list[list[str]]:
+    """What has to be read to answer: of each step its answer, of the whole one of the row's."""
+    return [row["answers"], *([hop["answer"]] for hop in row.get("hops") or [] if hop.get("answer"))]
 
 
 def alike(row: Row) -> str:
@@ -204,6 +218,7 @@ class RAG(Task):
         self.short: dict[Passage, tuple[Passage, int]] = {}
         self.follow_ups = follow_ups
         self.names = Names(invented, seed)
+        self.needed: dict[int, list[list[str]]] = {}
         self.about = self._rows_by_document() if follow_ups else {}
         self.shared = [row for row in self.rows if row["answerable"] and not row.get("documents")]
         self.alike: dict[str, list[Row]] = {}
@@ -273,8 +288,9 @@ class RAG(Task):
         self, dice: Dice, row: Row, found: list[Passage], own: dict[str, Passage], case: str
     ) -> tuple[list[Passage], list[Passage]]:
         """-> (what is shown, of it what the answer rests on, by steps; [] where it does not follow)."""
-        gold = list(dict.fromkeys(self._gold(dice.pick(ids), row, own) for ids in hops(row)))
+        gold = list(dict.fromkeys(self._gold(dice.pick(ids), row, own, i) for i, ids in enumerate(hops(row))))
         stated = row["answers"] if any(p.holds(row["answers"]) for p in gold) else []  # "yes" stands anywhere
+        needed = [clue for clue in clues(row) if any(p.holds(clue) for p in gold)]
         known = {id for ids in hops(row) for id in ids}
         rival = [p for p in own.values() if p.id not in known] if "stale_answers" in row else []
         others = [p for p in dict.fromkeys([*own.values(), *found]) if p.id not in known and p not in rival]
@@ -282,17 +298,18 @@ class RAG(Task):
         if case == "retrieved":
             documents = [p for p in found if p.id in known or p in others][: 1 + dice.below(self.top_k)]
             evidence = evidence_in(documents, row)
-            return documents, evidence if evidence and self._shown(evidence, stated) else []
+            return documents, evidence if evidence and self._shown(evidence, needed) else []
         kept = [*gold, *rival] if case == "gold" else []
         n = max(len(kept), 1 + dice.below(self.top_k))
         if n > self.top_k:  # more steps than documents
             kept, n = [], self.top_k
         distractors = self._distractors(dice, n - len(kept), row, others, known | own.keys(), stated)
-        evidence = gold if kept and self._shown(gold, stated) else []
+        evidence = gold if kept and self._shown(gold, needed) else []
         return dice.shuffled([*kept, *distractors]), evidence
 
-    def _gold(self, id: str, row: Row, own: dict[str, Passage]) -> Passage:
-        """Of this document the chunk that holds an answer, else the one that has most words of the question."""
+    def _gold(self, id: str, row: Row, own: dict[str, Passage], step: int = -1) -> Passage:
+        """Of this document the chunk that holds the answer of the step, or of the row, else the one that has most words
+        of the question."""
         if id in own:
             return own[id]
         document = self.kb.get(id)
@@ -302,8 +319,14 @@ class RAG(Task):
         spans = chunk_spans(document.text, chunking["chunk_tokens"], chunking["chunk_overlap"]) or [(0, 0)]
         chunks = [Passage(id, a, document.title, document.text[a:b]) for a, b in spans]
         asked = set(re.findall(r"\w+", row["question"].lower()))
-        overlap = [len(asked & set(re.findall(r"\w+", p.text.lower()))) for p in chunks]
-        return max(zip(chunks, overlap, strict=True), key=lambda c: (c[0].holds(row["answers"]), c[1]))[0]
+        steps = row.get("hops") or []
+        clue = steps[step].get("answer") if len(steps) == len(hops(row)) else None
+
+        def rank(chunk: Passage) -> tuple[bool, bool, int]:
+            overlap = len(asked & set(re.findall(r"\w+", chunk.text.lower())))
+            return bool(clue) and chunk.holds([clue]), chunk.holds(row["answers"]), overlap
+
+        return max(chunks, key=rank)
 
     def _distractors(
         self, dice: Dice, n: int, row: Row, found: list[Passage], known: set[str], stated: Sequence[str]
@@ -325,9 +348,9 @@ class RAG(Task):
                 chosen[passage.id] = passage
         return list(chosen.values())
 
-    def _shown(self, evidence: list[Passage], stated: Sequence[str]) -> bool:
-        """Whether what is left of the evidence still states the answer, where the whole did."""
-        return not stated or any(self._shortened(p)[0].holds(stated) for p in evidence)
+    def _shown(self, evidence: list[Passage], needed: list[list[str]]) -> bool:
+        """Whether what is left of the evidence still states all that is needed."""
+        return all(any(self._shortened(p)[0].holds(clue) for p in evidence) for clue in needed)
 
     def _shortened(self, passage: Passage) -> tuple[Passage, int]:
         """-> (what is shown of it, its ids in a prompt)."""
@@ -349,7 +372,14 @@ class RAG(Task):
         own: dict[str, Passage],
     ) -> dict[str, Any]:
         said = self._said(row, evidence)
-        documents = self._fitting(row["question"], said, documents, evidence)
+        kept = self._fitting(row["question"], said, documents, evidence)
+        if kept is None:
+            rest = [p for p in documents if p not in evidence]
+            evidence, said = [], ""
+            kept = self._fitting(row["question"], said, rest, evidence) or []
+        if case != "retrieved" and len(kept) < len(documents):
+            kept = dice.shuffled(kept)  # what was left out stood last, and gold may stand anywhere
+        documents = kept
         gold = [documents.index(p) + 1 for p in evidence]
         shown = [self._shortened(p)[0] for p in documents]
         messages = question_conversation(row["question"], [{"title": p.title, "text": p.text} for p in shown])[
@@ -361,7 +391,7 @@ class RAG(Task):
         answers = row["answers"]
         if names := self.names.draw(dice):
             renamed = relabel(messages, names)
-            if self.follow_ups or self._fits(renamed):  # of follow-ups the last one may be cut
+            if self._fits(renamed[:2] if self.follow_ups else renamed):  # of follow-ups the last one may be cut
                 messages, answers = renamed, relabel(answers, names)
         return {
             "messages": messages,
@@ -380,11 +410,12 @@ class RAG(Task):
         rows = {i for passage in known for i in self.about.get(passage.id, []) if self.rows[i] is not row}
         room = self.max_tokens - self._size(messages) if self.tokenizer and self.max_tokens else None
         rows = {i for i in sorted(rows) if self.rows[i]["answerable"] or dice.chance(UNANSWERABLE)}
-        for other in (self.rows[i] for i in dice.shuffled(sorted(rows))[: self.follow_ups]):
+        for i in dice.shuffled(sorted(rows))[: self.follow_ups]:
+            other = self.rows[i]
             evidence = evidence_in(known, other) if other["answerable"] else []
             if other["answerable"] and not evidence:
                 continue
-            gold = [documents.index(p) + 1 for p in evidence] if self._shown(evidence, other["answers"]) else []
+            gold = [documents.index(p) + 1 for p in evidence] if self._shown(evidence, self._needed(i)) else []
             content = answer_parts(self._said(other, evidence), gold, abstain=not gold)
             turn = [{"role": "user", "content": other["question"]}, {"role": "assistant", "content": content}]
             if room is not None:
@@ -393,6 +424,14 @@ class RAG(Task):
                     break
             further += turn
         return further
+
+    def _needed(self, i: int) -> list[list[str]]:
+        """The clues of row i that its documents state."""
+        if i not in self.needed:
+            row = self.rows[i]
+            gold = [self._gold(id, row, {}, step) for step, ids in enumerate(hops(row)) for id in ids]
+            self.needed[i] = [clue for clue in clues(row) if any(p.holds(clue) for p in gold)]
+        return self.needed[i]
 
     def _fits(self, messages: list[dict[str, Any]]) -> bool:
         return self.tokenizer is None or self.max_tokens is None or self._size(messages) <= self.max_tokens
@@ -409,8 +448,10 @@ class RAG(Task):
                     return answer
         return row["answers"][0] if evidence else ""
 
-    def _fitting(self, question: str, said: str, documents: list[Passage], evidence: list[Passage]) -> list[Passage]:
-        """Without as many distractors, from the last, as it takes."""
+    def _fitting(
+        self, question: str, said: str, documents: list[Passage], evidence: list[Passage]
+    ) -> list[Passage] | None:
+        """Without as many distractors, from the last, as it takes; None where the evidence alone is too long."""
         if self.tokenizer is None or self.max_tokens is None:
             return documents
         content = answer_parts(said, [99] * len(evidence), abstain=not evidence)
@@ -422,7 +463,7 @@ class RAG(Task):
             if used > self.max_tokens and passage not in evidence:
                 kept.remove(passage)
                 used -= self._shortened(passage)[1]
-        return kept
+        return kept if used <= self.max_tokens or not evidence else None
 
     def evaluate(self, conversation: dict[str, Any], completion: str) -> bool:
         return is_right(conversation, completion)

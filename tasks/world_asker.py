@@ -8,7 +8,7 @@ from typing import Any
 from nanochat.retrieval.document import Document
 from nanochat.world import Fact, World
 from nanochat.world_names import Dice, Entity
-from nanochat.world_text import VALUES
+from nanochat.world_text import RELATIONS, VALUES
 from tasks.world_paths import Articles, Chains, surfaces
 from tasks.world_wording import COMPARISONS, DATED, FALSE_PREMISES, WORDINGS
 
@@ -43,6 +43,9 @@ class Asker:
     def false_premise(self, dice: Dice, relation: str) -> Row | None:
         entity = dice.pick(self.world.by_type[dice.pick(FALSE_PREMISES[relation])])
         name = self.called(entity, dice)
+        able = self.world.by_type[RELATIONS[relation].subject]
+        if any(name in surfaces(other) for other in able):  # a river may be called as a town is, and has a length
+            return None
         hop = {"query": WORDINGS[relation].query.format(s=name), "answer": None, "gold_ids": []}
         row = _row(self.question(dice, name, [relation]), [], [], [hop])
         return {**row, "relations": [relation]}

@@ -1,7 +1,6 @@
 """nanochat.rag: what is shown of documents, how answers are read, that documents cannot leave their slot."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from nanochat.config import UserError
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.rag import (
+    Answer,
     answer,
     answer_batch,
     answer_from,
@@ -208,12 +208,16 @@ def test_an_answer_names_its_sources(kb: KnowledgeBase) -> None:
     assert reply.abstained and reply.text == "" and reply.cited == []
 
 
-def test_without_documents_the_question_is_plain(tmp_path: Path) -> None:
+def test_without_documents_the_question_is_plain_and_where_none_is_found_it_abstains(kb: KnowledgeBase) -> None:
     model = Said(TOKENIZER.encode("town"))
-    assert answer(model, TOKENIZER, KnowledgeBase.build([], tmp_path / "kb", retriever="simple"), "what?").hits == []
+    [reply] = answer_from(Engine(model, TOKENIZER), ["what?"], [[]])
     plain = {"messages": [{"role": "user", "content": "what?"}]}
-    assert model.prompts[0] == TOKENIZER.render_for_completion(plain)
+    assert reply.text == "town" and model.prompts == [TOKENIZER.render_for_completion(plain)]
     assert answer_batch(Engine(model, TOKENIZER), None, []) == []
+    model = Said(TOKENIZER.encode("town"))
+    nothing, something = answer_batch(Engine(model, TOKENIZER), kb, ["zzz?", "Where does River 3 flow?"])
+    assert nothing == Answer("", (), [], abstained=True) and len(model.prompts) == 1
+    assert something.text == "town" and something.n_found == 5 > len(something.hits) > 0
 
 
 def test_documents_come_before_earlier_turns_of_which_the_texts_are_kept(kb: KnowledgeBase) -> None:
@@ -233,9 +237,9 @@ def test_documents_come_before_earlier_turns_of_which_the_texts_are_kept(kb: Kno
 
 def test_too_long_a_question_says_what_to_do(kb: KnowledgeBase) -> None:
     with pytest.raises(UserError, match="room for 192: shorten it, or lower max_new_tokens"):
-        answer(Said([]), TOKENIZER, kb, "where is " * 200)
+        answer(Said([]), TOKENIZER, kb, "where is River 3? " * 100)
     with pytest.raises(UserError, match="max_new_tokens=0"):
-        answer(Said([]), TOKENIZER, kb, "where?", max_new_tokens=0)
+        answer(Said([]), TOKENIZER, kb, "River 3?", max_new_tokens=0)
 
 
 def test_searches_of_the_model_number_on(kb: KnowledgeBase) -> None:

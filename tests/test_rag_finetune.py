@@ -224,12 +224,58 @@ def test_prompts_fit_and_lose_distractors_before_evidence(kb: KnowledgeBase, tok
     )
     fewer = 0
     for a, b in zip(free, tight, strict=True):
-        assert len(tokenizer.render_conversation(b)[0]) <= 200 or len(shown(b)) == len(b["gold"])
-        assert a["answerable"] == b["answerable"] and len(a["gold"]) == len(b["gold"])
-        assert [shown(a)[n - 1] for n in a["gold"]] == [shown(b)[n - 1] for n in b["gold"]]
+        assert len(tokenizer.render_conversation(b)[0]) <= 200
+        assert b["answerable"] or not a["answerable"] or len(a["gold"]) > 1  # two may be too long together
+        if b["answerable"]:
+            assert [shown(a)[n - 1] for n in a["gold"]] == [shown(b)[n - 1] for n in b["gold"]]
         assert all(len(tokenizer.render_documents([d], 9)) <= 60 for d in shown(a))
         fewer += len(shown(b)) < len(shown(a))
     assert fewer
+
+
+def test_gold_stands_anywhere_also_where_distractors_were_left_out(kb: KnowledgeBase, tokenizer: Tokenizer) -> None:
+    rows = [row for row in ROWS if row["kind"] == "1hop"]
+    options = {"tokenizer": tokenizer, "max_doc_length": 60, "shares": Shares(1, 0, 0)}
+    task, free = (RAG(rows, kb, top_k=5, variants=60, max_tokens=n, **options) for n in (180, None))
+    fewer = [b for a, b in zip(free, task, strict=True) if len(shown(a)) > len(shown(b)) == 2 and b["gold"]]
+    first, n = sum(b["gold"] == [1] for b in fewer), len(fewer)
+    assert n > 100 and abs(first - n / 2) < 4 * (n / 4) ** 0.5
+
+
+def test_what_alone_is_too_long_is_left_out_and_abstained_from(kb: KnowledgeBase, tokenizer: Tokenizer) -> None:
+    rows = [row for row in ROWS if row["kind"] == "2hop"]
+    options = {"top_k": 3, "shares": Shares(1, 0, 0), "tokenizer": tokenizer, "max_doc_length": 80, "variants": 9}
+    free, task = (RAG(rows, kb, max_tokens=n, **options) for n in (None, 220))
+    lost = [(a, b) for a, b in zip(free, task, strict=True) if a["answerable"] and not b["answerable"]]
+    assert lost and any(b["answerable"] for b in task)
+    for a, b in lost:
+        assert said(b) == [{"type": "abstain"}] and b["gold"] == []
+        assert all(shown(a)[n - 1] not in shown(b) for n in a["gold"])
+
+
+def test_a_step_that_is_cut_off_is_missing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    filler = "It tells of life in the town. " * 20
+    documents = [Document("near", "She lives in Brebrix.", "Hales"),
+                 Document("far", f"{filler}She lives in Brebrix.", "Hales"),
+                 Document("mayor", "The mayor of Brebrix is Fubes.", "Brebrix")]  # fmt: skip
+    row = {"question": "Who is mayor there?", "answers": ["Fubes"], "answerable": True}
+    rows = [
+        {**row, "gold_ids": [id, "mayor"], "hops": [{"query": "home", "answer": "Brebrix", "gold_ids": [id]},
+                                                    {"query": "mayor", "answer": "Fubes", "gold_ids": ["mayor"]}]}
+        for id in ("near", "far")
+    ]  # fmt: skip
+    kb = KnowledgeBase.build(documents, tmp_path / "kb", retriever="simple")
+    task = RAG(rows, kb, shares=Shares(1, 0, 0), tokenizer=tokenizer, max_doc_length=60)
+    assert [c["answerable"] for c in task] == [True, True]  # the mayor's document says Brebrix, too
+    rows[1]["hops"][0]["answer"] = "She lives in Brebrix"
+    rows[0]["hops"][0]["answer"] = "She lives in Brebrix"
+    assert [c["answerable"] for c in RAG(rows, kb, shares=Shares(1, 0, 0), tokenizer=tokenizer, max_doc_length=60)] == [
+        True,
+        False,
+    ]
+    cut = KnowledgeBase.build(documents, tmp_path / "cut", retriever="simple", chunk_tokens=14)
+    task = RAG(rows, cut, shares=Shares(1, 0, 0), tokenizer=tokenizer, max_doc_length=60)
+    assert [c["answerable"] for c in task] == [True, True]  # the chunk is chosen by what the step finds
 
 
 def test_evidence_that_is_cut_off_is_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -280,6 +326,9 @@ def test_bad_rows_are_named_by_line(tmp_path: Path) -> None:
         ({**good, "answerable": 1}, "answerable is 1"),
         ({**good, "answers": []}, "answerable, but without"),
         ({**good, "documents": [{"text": "x"}]}, "document "),
+        ({**good, "hops": ["a"]}, "hops is"),
+        ({**good, "hops": {"query": "a"}}, "hops is"),
+        ({**good, "relations": 3}, "relations is '3'"),
     ):
         path.write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
         with pytest.raises(UserError, match=r"rows.jsonl:2: .*" + message):
