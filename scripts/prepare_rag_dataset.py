@@ -70,6 +70,7 @@ class PrepareConfig:
     kinds: Annotated[list, "of these questions (tasks/world.py), as 1hop,1hop,missing"] = field(
         default_factory=lambda: KINDS
     )
+    val_world: Annotated[Literal["val", "test"], "of val.jsonl: val is worded as in training, test is not"] = "val"
     max_facts: Annotated[int | None, "facts in a document of the world at most; none = one article an entity"] = None
     seed: Annotated[int, "of the world"] = 0
 
@@ -83,6 +84,8 @@ class PrepareConfig:
             raise ValueError(f"chunk_tokens={self.chunk_tokens}: a passage of --mode openqa needs a size")
         if not 0 <= self.val_share < 1 or not 0 <= self.max_bad <= 1:
             raise ValueError(f"val_share={self.val_share}, max_bad={self.max_bad}: expected shares from 0 to below 1")
+        if self.val_world != "val" and not made:
+            raise ValueError(f"--mode {self.mode} has no invented world: val_world is of example and world")
         if self.world_size not in (None, *SIZES):
             raise ValueError(f"world_size={self.world_size}: expected {', '.join(SIZES)}")
 
@@ -126,13 +129,14 @@ def supported(questions: Sequence[Question], kb: KnowledgeBase, reading: Reading
 
 
 def world_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Question]:
-    """A world for training and a smaller one, with other names, for validation; both in one knowledge base."""
+    """A world for training and a smaller one, with other names (and, where it is test, told and asked in other words),
+    for validation; both in one knowledge base."""
     size = n_entities_of(cfg)
     questions = 2 * size if cfg.questions is None else cfg.questions
     val_size = max(SIZES["nano"], round(cfg.val_share * size))
     val_questions = round(cfg.val_share * questions)
     for split, n_entities, n in (("train", size, questions), ("val", val_size, val_questions)):
-        world = World(cfg.seed, n_entities, split)
+        world = World(cfg.seed, n_entities, split if split == "train" else cfg.val_world)
         for document in world_documents(world, max_facts=cfg.max_facts):
             yield from reading.document(document)
         for row in world_rows(world, n, kinds=cfg.kinds, seed=cfg.seed, max_facts=cfg.max_facts) if n else []:

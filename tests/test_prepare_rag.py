@@ -21,6 +21,7 @@ from nanochat.retrieval import Document, KnowledgeBase
 from nanochat.retrieval.readers import READERS, Question, Reading
 from nanochat.retrieval.readers.python_docs import first_sentence
 from scripts.prepare_rag_dataset import main
+from tasks.world_wording import WORDINGS
 
 ROW_KEYS = {"id", "question", "answers", "gold_ids", "answerable"}
 
@@ -216,6 +217,19 @@ BAD_LINES = [
     {"question": "Q6?", "answers": ["x"], "answerable": False},
     {"question": "Q7?", "answers": ["x"], "documents": [5]},
     {"id": "q", "question": "Q9?", "answers": ["x"], "gold_ids": ["first"]},
+    {"question": "Q10?", "answers": ["x"], "gold_ids": ["first"], "kind": 5},
+    *(
+        {"question": "Q11?", "answers": ["x"], "gold_ids": ["first"], "hops": hops}
+        for hops in (
+            ["x"],
+            {"query": "x"},
+            "x",
+            [{"query": 5}],
+            [{"answer": ["x"]}],
+            [{"gold_ids": "first"}],
+            [{"gold_ids": [1]}],
+        )
+    ),
 ]
 
 
@@ -607,6 +621,19 @@ def test_a_world_is_the_same_for_the_same_seed(tmp_path: Path):
     assert rows == rows_of(second / "train.jsonl") != rows_of(other / "train.jsonl")
     assert rows_of(first / "bad_rows.jsonl") == []
     assert len(rows_of(first / "val.jsonl")) == 4
+
+
+def test_a_test_world_is_told_and_asked_in_words_that_training_never_has(tmp_path: Path):
+    flags = ["--mode=world", "--world_size=nano", "--questions=100", "--kinds=1hop", "--max_facts=3"]
+    usual, held_out = run(tmp_path / "a", *flags), run(tmp_path / "b", *flags, "--val_world=test")
+    assert rows_of(usual / "train.jsonl") == rows_of(held_out / "train.jsonl")
+    rows = rows_of(held_out / "val.jsonl")
+    assert len(rows) == 10 and all(id.startswith("test0") for row in rows for id in row["gold_ids"])
+    for row in rows:
+        asks = [re.escape(t).replace(r"\{s\}", ".+") for t in WORDINGS[row["relations"][0]].asks["test"]]
+        assert any(re.fullmatch(ask, row["question"], re.IGNORECASE) for ask in asks)
+    with pytest.raises(UserError, match="val_world"):
+        run(tmp_path / "c", "--mode=jsonl", "--input=x.jsonl", "--val_world=test")
 
 
 @pytest.mark.parametrize(

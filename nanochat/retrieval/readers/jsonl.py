@@ -19,6 +19,7 @@ from nanochat.retrieval.readers.reading import (
     Question,
     Reading,
     answers_field,
+    checked_hops,
     checked_object,
     checksum,
     data_files,
@@ -76,8 +77,10 @@ def _question(row: dict[str, Any]) -> tuple[list[Document], dict[str, Any]]:
     else:
         gold = []
     id = id_field(row, checksum(text).hex())
-    more = {k: row.get(k) for k in ("kind", "hops")}
-    return documents, question_row(id, text, answers, gold, answerable, **more)
+    kind, hops = row.get("kind"), checked_hops(row.get("hops"))
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"'kind' is {str(kind)[:60]!r}: expected a text")
+    return documents, question_row(id, text, answers, gold, answerable, kind=kind, hops=hops)
 
 
 def _own_document(value: Any) -> tuple[Document, bool]:

@@ -233,6 +233,24 @@ def answers_field(row: dict[str, Any]) -> list[str]:
     return texts_field(row["answers"] if "answers" in row else row.get("answer") or [], "answers")
 
 
+def checked_hops(value: Any) -> list[dict[str, Any]]:
+    """The steps of a question, as [{"query": str, "answer": str, "gold_ids": [str]}]; any key may be missing."""
+    if not value:
+        return []
+
+    def sound(hop: Any) -> bool:
+        gold = hop.get("gold_ids") or [] if isinstance(hop, dict) else None
+        return isinstance(gold, list) and all(
+            isinstance(t, str) for t in [*gold, hop.get("query") or "", hop.get("answer") or ""]
+        )
+
+    if not isinstance(value, list) or not all(map(sound, value)):
+        raise UserError(
+            f'hops is {str(value)[:60]!r}, expected a list of {{"query": str, "answer": str, "gold_ids": [str]}}'
+        )
+    return value
+
+
 def question_row(
     id: str, question: str, answers: Sequence[str], gold_ids: Sequence[str], answerable: bool = True, **more: Any
 ) -> dict[str, Any]:
