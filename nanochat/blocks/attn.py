@@ -83,7 +83,11 @@ class AttentionState(BlockState):
             slot = (ctx.uniform_pos - self.shared) % self.capacity
             self.k[:, :, slot : slot + 1], self.v[:, :, slot : slot + 1] = k, v
         else:
-            rows, slots = torch.arange(k.size(0)), (ctx.pos - self.shared) % self.capacity
+            key = "slots", self.capacity, self.shared
+            if key not in ctx.memo:
+                at = torch.arange(k.size(0)), (ctx.pos - self.shared) % self.capacity
+                ctx.memo[key] = torch.stack(at).to(self.k.device)
+            rows, slots = ctx.memo[key]
             self.k[rows, :, slots], self.v[rows, :, slots] = k[:, :, 0], v[:, :, 0]
 
     def lengths(self, ctx: Context) -> Tensor:
@@ -138,11 +142,15 @@ class AttentionState(BlockState):
             if p + T <= self.capacity:
                 self.k[:, :, p : p + T], self.v[:, :, p : p + T] = k, v
                 return
-        lengths = torch.full_like(ctx.pos, T) if ctx.lengths is None else ctx.lengths
-        t = torch.arange(T)
-        valid = (t < lengths[:, None]) & (t >= lengths[:, None] - self.capacity)  # (B, T)
-        rows, cols = valid.nonzero(as_tuple=True)
-        slots = (ctx.pos[rows] - self.shared + cols) % self.capacity
+        key = "write", self.capacity, self.shared
+        if key not in ctx.memo:
+            lengths = torch.full_like(ctx.pos, T) if ctx.lengths is None else ctx.lengths
+            t = torch.arange(T)
+            valid = (t < lengths[:, None]) & (t >= lengths[:, None] - self.capacity)  # (B, T)
+            rows, cols = valid.nonzero(as_tuple=True)
+            slots = (ctx.pos[rows] - self.shared + cols) % self.capacity
+            ctx.memo[key] = torch.stack((rows, cols, slots)).to(self.k.device)
+        rows, cols, slots = ctx.memo[key]
         self.k[rows, :, slots], self.v[rows, :, slots] = k[rows, :, cols], v[rows, :, cols]
 
 

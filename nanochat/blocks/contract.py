@@ -96,7 +96,7 @@ class Context:
     doc: Tensor | None = None  # (B, T) document index in a packed row; None = one document per row
     pos: Tensor | None = None  # (B,) tokens each row's state holds already; None = no state
     lengths: Tensor | None = None  # (B,) new tokens per row when rows are right-padded; None = all T
-    memo: dict[Any, Any] = field(default_factory=dict)  # masks shared by the layers of this forward
+    memo: dict[Any, Any] = field(default_factory=dict)  # masks and places shared by the layers of this forward
 
     @cached_property
     def uniform_pos(self) -> int | None:
