@@ -28,13 +28,17 @@ class Copies(TorchDispatchMode):
         return out
 
 
-def copies(name: str, n_layer: int) -> list[int]:
-    """Of a prompt of ragged rows, a token of each, three of each, and ragged rows behind them."""
+def on_meta(name: str, n_layer: int) -> GPT:
     sizes = {"gdn_head_dim": 16, "mamba2_d_state": 16, "mamba2_head_dim": 16, "attn_conv": 4}
     with torch.device("meta"):
-        model = GPT(GPTConfig(n_layer, name, 64, 2, vocab_size=50, seq_len=64, **sizes)).eval()
+        model = GPT(GPTConfig(n_layer, name, 64, 2, vocab_size=50, seq_len=64, **sizes))
     model.set_compute(torch.float32, "reference")
-    counted = []
+    return model
+
+
+def copies(name: str, n_layer: int) -> list[int]:
+    """Of a prompt of ragged rows, a token of each, three of each, and ragged rows behind them."""
+    model, counted = on_meta(name, n_layer).eval(), []
     with torch.no_grad():
         state = model.init_state(2, 64)
         for T, lengths in ((9, torch.tensor([9, 5])), (1, None), (3, None), (4, torch.tensor([4, 2]))):
@@ -48,3 +52,13 @@ def copies(name: str, n_layer: int) -> list[int]:
 def test_rows_of_different_lengths_cost_one_copy_from_the_host_however_many_layers(name: str) -> None:
     assert copies(name, 4) == copies(name, 2)
     assert name != "attn" or max(copies(name, 2)) > 0
+
+
+@pytest.mark.parametrize("name", ["attn", "mamba", "mamba2", "gdn"])
+def test_blocks_that_train_on_packed_rows_read_nothing_from_the_device(name: str) -> None:
+    """On the meta device a read is an error."""
+    model = on_meta(name, 2)
+    ids, doc = (torch.zeros(2, 32, dtype=dtype, device="meta") for dtype in (torch.long, torch.int32))
+    with Copies() as seen:
+        model.hidden(ids, doc=doc).sum().backward()
+    assert seen.n == 0

@@ -268,9 +268,12 @@ def test_ssd_adapter_masks_pads_behind_softplus_and_counts_documents_from_zero(m
 
 
 def test_delta_adapter_gives_each_row_its_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
     def chunk_gated_delta_rule(q, k, v, g, beta, scale, initial_state, output_final_state, cu_seqlens):
         """A state that adds beta over its document."""
         assert q.size(0) == 1 and cu_seqlens.tolist() == [0, 7, 9, 16, 24, 32]
+        given.append(cu_seqlens)
         sums = torch.stack([t.sum(0) for t in beta[0].split(cu_seqlens.diff().tolist())])
         return v, initial_state + sums[..., None, None]
 
@@ -280,6 +283,8 @@ def test_delta_adapter_gives_each_row_its_state(monkeypatch: pytest.MonkeyPatch)
     state = torch.full((2, 2, 4, 4), 100.0)
     out, last = optional.gated_delta_rule(q, q, v, g, beta, None, state, True, seq_idx=DOC)
     assert torch.equal(out, v) and last[:, 0, 0, 0].tolist() == [7, 8]  # of the last documents, which began at 0
+    optional.gated_delta_rule(q, q, v, g, beta, None, state, True, seq_idx=DOC)
+    assert given[0] is given[1]  # the next layer waits for no count, and fla knows the tensor
 
 
 @pytest.mark.slow

@@ -164,13 +164,20 @@ def causal_conv1d(
     )
 
 
-def cu_seqlens(seq_idx: Tensor) -> tuple[Tensor, int]:
+def cu_seqlens(seq_idx: Tensor) -> Tensor:
     """(B, T) document index -> first token of every document in the B T tokens laid end to end, with B T behind
-    (n + 1,) int32, and the longest document in tokens (which waits for the device)."""
+    (n + 1,) long. How many there are is known to the device alone, so the host waits for it."""
     starts = document_starts(seq_idx)
     starts[:, 0] = True
-    cu = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=seq_idx.numel()).int()
-    return cu, int(cu.diff().max())
+    return F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=seq_idx.numel())
+
+
+@functools.lru_cache(maxsize=1)
+def _end_to_end(seq_idx: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """documents(), and their cu_seqlens. One for all layers of a forward, told by the identity of its tensors, as fla
+    tells what it keeps of cu_seqlens: whoever changes seq_idx in place gets the old ones."""
+    doc = documents(seq_idx, lengths)
+    return doc, cu_seqlens(doc)
 
 
 def _need_half(package: str, x: Tensor) -> None:
@@ -190,7 +197,8 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc: Tensor | 
     if doc is None:
         return FLASH_ATTENTION.load()(q, k, v, **options).transpose(1, 2)
     if "cu_seqlens" not in memo:
-        memo["cu_seqlens"] = cu_seqlens(doc)
+        cu = cu_seqlens(doc).int()
+        memo["cu_seqlens"] = cu, int(cu.diff().max())
     cu, longest = memo["cu_seqlens"]
     q, k, v = (t.reshape(B * T, *t.shape[2:]) for t in (q, k, v))
     out = FLASH_ATTENTION.load("flash_attn_varlen_func")(q, k, v, cu, cu, longest, longest, **options)
@@ -251,13 +259,12 @@ def gated_delta_rule(
     if seq_idx is None:
         out, state = GATED_DELTA_RULE.load()(q, k, v, g, beta, initial_state=initial_state, **options)
         return (out, state) if return_final_state else out
-    doc = documents(seq_idx, lengths)
-    cu, _ = cu_seqlens(doc)
+    doc, cu = _end_to_end(seq_idx, lengths)
     last = (doc[:, -1].long() + 1).cumsum(0) - 1  # (B,) of all documents, each row's last
     if initial_state is not None:
         states = initial_state.new_zeros(len(cu) - 1, *initial_state.shape[1:])
         initial_state = states.index_copy(0, last - doc[:, -1], initial_state)
     flat = (t.reshape(1, B * T, *t.shape[2:]) for t in (q, k, v, g, beta))
-    out, state = GATED_DELTA_RULE.load()(*flat, initial_state=initial_state, cu_seqlens=cu.long(), **options)
+    out, state = GATED_DELTA_RULE.load()(*flat, initial_state=initial_state, cu_seqlens=cu, **options)
     out = out.view(B, T, *out.shape[2:])
     return (out, state[last]) if return_final_state else out

@@ -174,7 +174,8 @@ def causal_conv1d(
     b = torch.zeros_like(w[0]) if bias is None else bias.to(dtype)
     same = None if seq_idx is None else _same_document(seq_idx, weight.size(1))
     out = _CausalConv.apply(xt, w, b, before.to(dtype), same, silu).transpose(1, 2)
-    if seq_idx is not None and bool((seq_idx < 0).any()):
+    # looking first spares a CPU the copy, but would make the host wait for any other device
+    if seq_idx is not None and (seq_idx.device.type != "cpu" or bool((seq_idx < 0).any())):
         out = out.masked_fill((seq_idx < 0)[:, None], 0)
     if not return_final_states:
         return out
