@@ -11,9 +11,10 @@ import platform
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nanochat.config import UserError
 
@@ -34,16 +35,28 @@ def data_dir() -> Path | None:
     return Path(given) if given else default if default.is_dir() else None
 
 
+error_exits: list[Callable[[int], None]] = []  # what run_script calls with the exit code once it has told an error
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Run a script's main(argv). A UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
     try:
         main(sys.argv[1:])
     except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _fail(f"error: {e}", 2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+        _fail("interrupted", 130)
+    except Exception:
+        if not error_exits:
+            raise
+        _fail(traceback.format_exc().rstrip(), 1)
+
+
+def _fail(text: str, code: int) -> NoReturn:
+    print(text, file=sys.stderr)
+    for leave in error_exits:
+        leave(code)
+    raise SystemExit(code) from None
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
 
-from nanochat.common import cpu_flags, cpu_has_bf16
+from nanochat.common import cpu_flags, cpu_has_bf16, error_exits
 from nanochat.config import UserError
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets (without sparsity), for MFU.
@@ -95,11 +95,32 @@ def init_ranks(device: torch.device) -> tuple[Ranks, torch.device]:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-        atexit.register(_abandon_ranks)
-        signal.signal(signal.SIGTERM, lambda *_: _told_to_stop(ranks))
-        if sys.platform == "linux":  # a torchrun that is killed cannot end its ranks: PR_SET_PDEATHSIG of prctl(2) does
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        _prepare_end(ranks, backend)
     return ranks, device
+
+
+def _prepare_end(ranks: Ranks, backend: str) -> None:
+    """What becomes of this rank when it fails, when it is told to stop, and when torchrun is no more.
+
+    With NCCL, destroy_process_group waits for ranks that wait in a collective for this one (pytorch #122358), and
+    torchrun learns of the failure when NCCL's watchdog has lost its patience, after ten minutes; so the process just
+    ends. And what waits for a GPU runs no signal handler of Python's.
+    """
+    nccl = backend == "nccl"
+    if nccl:
+        error_exits.append(_end_at_once)
+    atexit.register(_abandon_ranks)
+    signal.signal(signal.SIGTERM, lambda *_: _told_to_stop(ranks))
+    if sys.platform == "linux":  # a torchrun that is killed cannot end its ranks: PR_SET_PDEATHSIG of prctl(2) does
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL if nccl else signal.SIGTERM)
+
+
+def _end_at_once(code: int) -> None:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _told_to_stop(ranks: Ranks) -> None:
