@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanochat.config import UserError
-from nanochat.core_bundle import CORE_TASKS, PUBLISHED, CoreTask, read_items, task_file
+from nanochat.core_bundle import CORE_TASKS, PUBLISHED, CoreTask, core_folder, read_items, task_file
 from nanochat.device import Ranks, all_reduce_sum
 from nanochat.gpt import GPT
 from nanochat.ops import cap_logits
@@ -329,6 +329,21 @@ def evaluate_task(
         correct += sum(sum(answer_batch(scorer, batch)) for batch in batches(questions, batch_tokens))
     counts = all_reduce_sum(torch.tensor([correct, cropped], device=scorer.device))
     return TaskScore(task, int(counts[0]), n, int(counts[1]))
+
+
+def shared_core_folder(ranks: Ranks, device: torch.device) -> Path:
+    """core_folder(), for all ranks together: rank 0 downloads the bundle if need be, and the others wait.
+
+    Where it cannot, all end: the others would wait in vain."""
+    error = None
+    if ranks.main:
+        try:
+            core_folder()
+        except Exception as e:
+            error = e
+    if all_reduce_sum(torch.tensor(float(error is not None), device=device)) > 0:
+        raise error or UserError(f"rank {ranks.rank} has no CORE bundle: rank 0 says why it could not get it")
+    return core_folder()
 
 
 def evaluate_core(

@@ -25,9 +25,18 @@ from torch import Tensor
 from nanochat.checkpoint import load_model, tag_of
 from nanochat.common import atomic_write, base_dir, git_state, read_json, run_script, write_json
 from nanochat.config import UserError, load_config
-from nanochat.core_bundle import CORE_TASKS, CoreTask, core_folder, task_file
-from nanochat.core_eval import GPTScorer, Scorer, TaskScore, core, evaluate_core, judge_logits, published_scores
-from nanochat.device import Ranks, all_reduce_sum, describe_device, init_ranks, leave_ranks, pick_device, pick_dtype
+from nanochat.core_bundle import CORE_TASKS, CoreTask, task_file
+from nanochat.core_eval import (
+    GPTScorer,
+    Scorer,
+    TaskScore,
+    core,
+    evaluate_core,
+    judge_logits,
+    published_scores,
+    shared_core_folder,
+)  # fmt: skip
+from nanochat.device import describe_device, init_ranks, leave_ranks, pick_device, pick_dtype
 from nanochat.report import aligned_table, log_stage
 
 NEAREST = 5  # published models shown beside ours, with the best and the last of them
@@ -196,7 +205,7 @@ def main(argv: list[str]) -> None:
     cfg = load_config(BaseEvalConfig, argv)
     tasks = pick_tasks(cfg.tasks)
     ranks, device = init_ranks(pick_device(cfg.device))
-    folder = find_folder(ranks, device)
+    folder = shared_core_folder(ranks, device)
     if absent := [t.label for t in tasks if cfg.tasks is not None and task_file(folder, t) is None]:
         raise UserError(f"{folder} has no file of {absent[0]}: leave it out of --tasks, or put its file there")
     scorer, model_name, about = load(cfg, device)
@@ -209,14 +218,6 @@ def main(argv: list[str]) -> None:
     if ranks.main:
         report(cfg, scores, tasks, folder, model_name, time.monotonic() - start)
     leave_ranks()
-
-
-def find_folder(ranks: Ranks, device: torch.device) -> Path:
-    """The bundle; rank 0 downloads it if need be, and the others wait."""
-    if ranks.main:
-        core_folder()
-    all_reduce_sum(torch.zeros(1, device=device))
-    return core_folder()
 
 
 def report(

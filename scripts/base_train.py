@@ -18,8 +18,8 @@ from nanochat.blocks import entry_names
 from nanochat.checkpoint import checkpoint_meta
 from nanochat.common import run_script
 from nanochat.config import UserError, changed_keys, load_config
-from nanochat.core_bundle import CORE_TASKS, core_folder
-from nanochat.core_eval import GPTScorer, core, evaluate_core
+from nanochat.core_bundle import CORE_TASKS
+from nanochat.core_eval import GPTScorer, core, evaluate_core, shared_core_folder
 from nanochat.dataloader import Batch, PackedLoader, document_index, val_windows
 from nanochat.dataset import shard_paths
 from nanochat.device import Ranks, gathered, lost_ranks, shard_model
@@ -289,9 +289,9 @@ def describe(run: Run, model: GPT, kernels: str, steps: int, tokens_per_step: in
 def core_metric(cfg: BaseTrainConfig, model: GPT, tokenizer: Tokenizer, ranks: Ranks) -> float:
     """CORE of the model as it stands, over the tasks that have data."""
     model.eval()
-    scorer = GPTScorer(model, tokenizer)
+    scorer, folder = GPTScorer(model, tokenizer), shared_core_folder(ranks, model.device)
     with gathered(model):
-        scores = evaluate_core(scorer, core_folder(), CORE_TASKS, cfg.core_metric_max_per_task, ranks=ranks)
+        scores = evaluate_core(scorer, folder, CORE_TASKS, cfg.core_metric_max_per_task, ranks=ranks)
     model.train()
     return core(scores)[0]
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 
-from nanochat import device, optim
+from nanochat import core_bundle, device, optim
 from nanochat.checkpoint import load_checkpoint
 from nanochat.common import REPO_DIR
 from nanochat.config import UserError
@@ -291,6 +291,47 @@ def test_streams_that_a_step_cannot_share_out_are_refused() -> None:
 def test_compiling_a_sharded_model_is_refused_before_any_work() -> None:
     with pytest.raises(UserError, match="add --compile=false, or take --parallel=ddp"):
         base_train.main(["--compile", "--parallel=fsdp"])
+
+
+# ---- CORE while training ----
+
+
+def core_of_a_rank(out: str, fails: bool) -> None:
+    """What base_train's CORE reads, on a machine that has yet to download it: a line for each download and each end."""
+    os.environ["NANOCHAT_DATA"] = out
+    said = Path(out) / os.environ["RANK"]
+
+    def download(folder: Path) -> None:
+        said.write_text("downloads, ")
+        time.sleep(0.2)  # as long as others need to see that there is no folder yet
+        if fails:
+            raise UserError("no network")
+        folder.mkdir(parents=True)
+
+    core_bundle._download = download
+    base_train.evaluate_core = lambda scorer, folder, *_, **__: [folder.name]
+    base_train.core = lambda scores: scores
+    cfg = base_train.BaseTrainConfig(device="cpu")
+    ranks, _ = device.init_ranks(torch.device("cpu"))
+    model = GPT(GPTConfig(1, "T", 32, 2, vocab_size=50, seq_len=16))
+    try:
+        found = base_train.core_metric(cfg, model, None, ranks)  # pyrefly: ignore
+    except UserError as e:
+        found = e
+    with said.open("a") as f:
+        f.write(str(found))
+    device.leave_ranks()
+
+
+@pytest.mark.parametrize(("fails", "first", "second"), [
+    (False, "downloads, eval_bundle", "eval_bundle"),
+    (True, "downloads, no network", "rank 1 has no CORE bundle: rank 0 says why it could not get it"),
+])  # fmt: skip
+def test_one_rank_downloads_core_for_all(base: Path, tmp_path: Path, fails: bool, first: str, second: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    together(2, core_of_a_rank, str(out), fails, log=tmp_path / "log", timeout=60)
+    assert [(out / rank).read_text() for rank in "01"] == [first, second]
 
 
 # ---- torchrun, hosts, and a rank that dies ----
