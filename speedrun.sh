@@ -10,8 +10,10 @@
 #   GPUS=N                  how many GPUs to use (default all of them; 0 = the CPU run)
 #   FRESH=1                 begin again: forget which stages have finished, remove the model trained here
 #   SPEEDRUN_PROCESSES=N    processes of RL and of evaluations in the CPU run, 1 or 2 (default 2 where there are two cores)
-#   SPEEDRUN_TRAIN="--num_iterations=50 ..."      more flags for base_train in the CPU run; SPEEDRUN_MID, _SFT, _RL,
-#                                                 _RAG and _REFRAG are those of the stages after it
+#   SPEEDRUN_TRAIN="--device_batch_size=16 ..."   more flags for base_train; SPEEDRUN_MID, _SFT and _RL are those of the
+#                                                 stages after it
+# Of the CPU run:
+#   SPEEDRUN_RAG="...", SPEEDRUN_REFRAG="..."     more flags for its last two trainings
 #   SPEEDRUN_PROBLEMS=N                           questions of each task that evaluations ask (default 400)
 #   SPEEDRUN_RAG_PROBLEMS=N                       questions that are answered from documents (default 500), a fifth of
 #                                                 them from each number of documents
@@ -126,12 +128,46 @@ cpu_run() {
         --knowledge_base="$NANOCHAT_BASE_DIR/hop_data" --max_problems="${SPEEDRUN_HOP_PROBLEMS:-100}"
 }
 
+# check_gpus N RL_FLAGS CONFIG FLAG ...: refuse a number of GPUs that a step of base_train or chat_rl cannot be dealt to
+# alike, before hours of downloads and training.
+check_gpus() {
+    python - "$@" <<'PY'
+from nanochat.common import run_script
+from nanochat.config import UserError, load_config
+from scripts.base_train import BaseTrainConfig
+from scripts.chat_rl import ChatRLConfig
+
+def main(argv):
+    base, rl = load_config(BaseTrainConfig, argv[2:]), load_config(ChatRLConfig, argv[1].split())
+
+    def refusal(gpus):
+        for stage, dealt in (("SPEEDRUN_TRAIN", base.grad_accum), ("SPEEDRUN_RL", rl.examples_per_rank)):
+            try:
+                dealt(gpus)
+            except UserError as e:
+                return f"{e} in {stage}"
+
+    asked = int(argv[0])
+    if why := refusal(asked):
+        fits = max((n for n in range(1, asked) if not refusal(n)), default=0)
+        raise UserError(why + (f", or fewer GPUs: GPUS={fits} bash speedrun.sh" if fits else ""))
+
+run_script(main)
+PY
+}
+
 # The recipe of the first nanochat: 2 billion characters for the tokenizer, 240 shards of text for the model, 20 tokens a
 # parameter. Not yet run by us from end to end.
 gpu_run() {
     local gpus=$1 download
     local -a torchrun=(torchrun --standalone --nproc_per_node="$gpus" -m --) # without --, torchrun takes --run for its own
+    local -a base=(configs/transformer_d20.py --depth="${DEPTH:-20}") flags mid sft rl
+    read -ra flags <<<"${SPEEDRUN_TRAIN:-}"
+    read -ra mid <<<"${SPEEDRUN_MID:-}"
+    read -ra sft <<<"${SPEEDRUN_SFT:-}"
+    read -ra rl <<<"${SPEEDRUN_RL:-}"
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    check_gpus "$gpus" "${rl[*]}" "${base[@]}" "${flags[@]}"
     stage dataset_8 base_data python -m nanochat.dataset -n 8
     python -m nanochat.dataset -n 240 >"$STAMPS/download.log" 2>&1 &
     download=$!
@@ -139,17 +175,18 @@ gpu_run() {
     stage tok_eval - python -m scripts.tok_eval
     echo "== waiting for the download (see $STAMPS/download.log)"
     wait "$download" || { tail -n 3 "$STAMPS/download.log" >&2 && exit 1; }
-    stage base_train "base_checkpoints/$TAG" "${torchrun[@]}" scripts.base_train configs/transformer_d20.py \
-        --depth="${DEPTH:-20}" --model_tag="$TAG" --run="$RUN" --resume
+    stage base_train "base_checkpoints/$TAG" "${torchrun[@]}" scripts.base_train "${base[@]}" \
+        --model_tag="$TAG" --run="$RUN" "${flags[@]}" --resume
     stage base_loss - "${torchrun[@]}" scripts.base_loss --model_tag="$TAG"
     stage base_eval - "${torchrun[@]}" scripts.base_eval --model_tag="$TAG"
     stage mid_train "mid_checkpoints/$TAG" "${torchrun[@]}" scripts.mid_train --model_tag="$TAG" --tasks=nanochat-mid \
-        --run="$RUN" --resume
+        --run="$RUN" "${mid[@]}" --resume
     stage chat_eval_mid - "${torchrun[@]}" scripts.chat_eval -i mid --model_tag="$TAG" --tasks=chatcore
     stage chat_sft "sft_checkpoints/$TAG" "${torchrun[@]}" scripts.chat_sft --model_tag="$TAG" --tasks=nanochat-sft \
-        --run="$RUN" --resume
+        --run="$RUN" "${sft[@]}" --resume
     stage chat_eval_sft - "${torchrun[@]}" scripts.chat_eval -i sft --model_tag="$TAG" --tasks=chatcore
-    stage chat_rl "rl_checkpoints/$TAG" "${torchrun[@]}" scripts.chat_rl --model_tag="$TAG" --task=GSM8K --run="$RUN" --resume
+    stage chat_rl "rl_checkpoints/$TAG" "${torchrun[@]}" scripts.chat_rl --model_tag="$TAG" --task=GSM8K --run="$RUN" \
+        "${rl[@]}" --resume
     stage chat_eval_rl - "${torchrun[@]}" scripts.chat_eval -i rl --model_tag="$TAG" --tasks=GSM8K
 }
 

@@ -1,17 +1,17 @@
-"""speedrun.sh from end to end on a CPU, cut short, killed and called again."""
+"""speedrun.sh from end to end on a CPU, cut short, killed and called again, and what its GPU run would type."""
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from nanochat.common import REPO_DIR
-
-pytestmark = pytest.mark.slow
 
 SMALL = "--max_seq_len=256 --device_batch_size=1 --total_batch_size=512 --eval_tokens=1024"
 STAGES = ["report_reset", "dataset", "tok_train", "tok_eval", "base_train", "base_loss", "bench_arch", "mid_train"]
@@ -59,6 +59,7 @@ def kill_after_a_checkpoint(base: Path) -> None:
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_speedrun_goes_on_where_it_stopped(base: Path):
     kill_after_a_checkpoint(base)
     code, out, err = finish(base)
@@ -78,3 +79,52 @@ def test_a_killed_speedrun_goes_on_where_it_stopped(base: Path):
     assert code == 1 and "FRESH=1" in err
     assert finished_before(out) == STAGES[:4]
     assert list((base / "base_checkpoints" / "tiny_hybrid").glob("step_000060"))
+
+
+def gpu_run(tmp_path: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The GPU run where modules and torchrun only say what they were given."""
+    root, programs = tmp_path / "repo", tmp_path / "bin"
+    for folder in (root / "scripts", programs):
+        folder.mkdir(parents=True)
+    shutil.copy(REPO_DIR / "speedrun.sh", root)
+    (root / "scripts" / "setup.sh").write_text(f"cd '{REPO_DIR}'\nPATH='{programs}':$PATH\n")
+    real = f'[ "$1" = - ] && exec {sys.executable} "$@"'
+    for name, first in (("python", real), ("torchrun", ":")):
+        (programs / name).write_text(f'#!/usr/bin/env bash\n{first}\necho "ran {name} $*"\n')
+        (programs / name).chmod(0o755)
+    env = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PYTHONPATH": str(REPO_DIR), **env}
+    command = ["bash", str(root / "speedrun.sh")]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("env", "cure"),
+    [
+        ({"GPUS": "6"}, "--total_batch_size=393216 in SPEEDRUN_TRAIN, or fewer GPUs: GPUS=4 bash speedrun.sh"),
+        (
+            {"GPUS": "3", "SPEEDRUN_TRAIN": "--total_batch_size=589824"},
+            "--examples_per_step=15 in SPEEDRUN_RL, or fewer GPUs: GPUS=1 bash speedrun.sh",
+        ),
+    ],
+)
+def test_gpus_that_cannot_share_a_step_are_refused_before_the_download(
+    tmp_path: Path, env: dict[str, str], cure: str
+) -> None:
+    done = gpu_run(tmp_path, **env)
+    assert done.returncode == 2 and "nanochat.dataset" not in done.stdout
+    assert (
+        done.stderr.startswith("error: ") and done.stderr.endswith(f": use {cure}\n") and done.stderr.count("\n") == 1
+    )
+
+
+def test_smaller_gpus_are_given_smaller_batches(tmp_path: Path) -> None:
+    more = {"SPEEDRUN_TRAIN": "--device_batch_size=8 --softcap=0", "SPEEDRUN_RL": "--device_batch_size=4"}
+    done = gpu_run(tmp_path, GPUS="4", SPEEDRUN_MID="--device_batch_size=2", **more)
+    assert done.returncode == 0, done.stderr
+    ran = re.findall(
+        r"^ran torchrun .*--nproc_per_node=4 .*scripts\.(\w+) .*?--run=dummy (.*)--resume$", done.stdout, re.M
+    )
+    assert dict(ran) == {
+        "base_train": "--device_batch_size=8 --softcap=0 ", "mid_train": "--device_batch_size=2 ", "chat_sft": "",
+        "chat_rl": "--device_batch_size=4 ",
+    }  # fmt: skip
