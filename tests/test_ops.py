@@ -30,6 +30,25 @@ def test_cross_entropy_without_any_target_is_zero_with_zero_gradient() -> None:
     assert loss == 0 and not gx.any() and not gw.any()
 
 
+def test_a_compiled_cross_entropy_is_one_node_however_many_its_chunks() -> None:
+    from torch._dynamo.testing import CompileCounter  # the compiler, which takes seconds to import
+
+    torch.manual_seed(0)
+    x, w = torch.randn(1300, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    y, counter = torch.randint(-1, 50, (1300,)), CompileCounter()
+    compiled = torch.compile(linear_cross_entropy, backend=counter, fullgraph=True, dynamic=False)
+    losses = compiled(x, w, y, 5.0), linear_cross_entropy(x, w, y, 5.0)
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, (x, w)) for loss in losses))
+    assert (counter.frame_count, counter.op_count) == (1, 2)  # the autograd function, and what unpacks its output
+
+
+def test_cross_entropy_does_not_wait_for_the_device() -> None:
+    x, w = (torch.randn(*shape, device="meta", requires_grad=True) for shape in ((8, 4), (10, 4)))
+    linear_cross_entropy(x, w, torch.zeros(8, dtype=torch.long, device="meta"), 5.0).backward()  # no value can be asked
+    assert w.grad is not None and w.grad.shape == w.shape
+
+
 def test_cross_entropy_rows_equal_torch() -> None:
     torch.manual_seed(0)
     x, w, y = torch.randn(700, 16), torch.randn(50, 16), torch.randint(-1, 50, (700,))

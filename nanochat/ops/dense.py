@@ -10,6 +10,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CE_ROWS = 512  # rows of logits alive at once: 8 MB at V = 8,192 in bfloat16 (LOG 2026-11-21: the best of five)
+CE_ROWS_GPU = 4096  # not tried on one: each chunk reads and writes float32 gradients of the head, 335 MB at d20
+
+
+def _loss_and_gradients(x: Tensor, master: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x: (N, D), master: (V, D) multiplied in x's dtype, targets: (N,), -1 = none -> () float32, (N, D), (V, D)."""
+    weight = master.to(x.dtype)
+    grad_x, grad_w = torch.empty_like(x), torch.zeros_like(master)
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
+    rows = CE_ROWS if x.device.type == "cpu" else CE_ROWS_GPU
+    for i in range(0, x.size(0), rows):
+        xc, yc = x[i : i + rows], targets[i : i + rows, None]
+        logits = xc @ weight.t()  # (n, V)
+        capped = logits.div_(softcap).tanh_() if softcap else None
+        if capped is not None:
+            logits = capped * softcap
+        p = torch.softmax(logits, -1)
+        index, none = yc.clamp_min(0), yc < 0
+        chosen = p.gather(1, index)  # (n, 1)
+        total -= chosen.float().clamp_min(1e-38).log().masked_fill(none, 0).sum()
+        p.scatter_(1, index, chosen - 1)  # not scatter_add_, which copies all of a bfloat16 p to float32 and back
+        if capped is not None:
+            p.mul_(capped.square_().neg_().add_(1))  # d tanh
+        torch.mm(p, weight, out=grad_x[i : i + rows]).masked_fill_(none, 0)  # D wide, where p is V wide
+        grad_w += p.t() @ xc.masked_fill(none, 0)
+    return total, grad_x, grad_w
+
+
+# To torch.compile it is one node: traced, every chunk of the loop would be compiled by itself, for minutes.
+_node = torch.library.custom_op("nanochat::loss_and_gradients", _loss_and_gradients, mutates_args=())
+
+
+@_node.register_fake
+def _(x: Tensor, master: Tensor, targets: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty((), dtype=torch.float32), torch.empty_like(x), torch.empty_like(master)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -17,28 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, master: Tensor, targets: Tensor, softcap: float) -> Tensor:
-        """x: (N, D), master: (V, D) multiplied in x's dtype, targets: (N,) with -1 for none -> () float32."""
-        weight = master.to(x.dtype)
-        grad_x, grad_w = torch.empty_like(x), torch.zeros_like(master)
-        total = torch.zeros((), dtype=torch.float32, device=x.device)
-        some_without = bool((targets < 0).any())  # one look instead of masking every chunk
-        for i in range(0, x.size(0), CE_ROWS):
-            xc, yc = x[i : i + CE_ROWS], targets[i : i + CE_ROWS, None]
-            logits = xc @ weight.t()  # (n, V)
-            capped = logits.div_(softcap).tanh_() if softcap else None
-            if capped is not None:
-                logits = capped * softcap
-            p = torch.softmax(logits, -1)
-            index = yc.clamp_min(0)
-            chosen = p.gather(1, index)  # (n, 1)
-            total -= chosen.float().clamp_min(1e-38).log().masked_fill(yc < 0, 0).sum()
-            p.scatter_(1, index, chosen - 1)  # not scatter_add_, which copies all of a bfloat16 p to float32 and back
-            if capped is not None:
-                p.mul_(capped.square_().neg_().add_(1))  # d tanh
-            if some_without:
-                p.masked_fill_(yc < 0, 0)
-            torch.mm(p, weight, out=grad_x[i : i + CE_ROWS])
-            grad_w += p.t() @ xc
+        """-> () float32, arguments as of _loss_and_gradients."""
+        compute = _node if torch.compiler.is_compiling() else _loss_and_gradients  # called, a node imports the compiler
+        total, grad_x, grad_w = compute(x, master, targets, softcap)
         ctx.save_for_backward(grad_x, grad_w)
         return total
 
