@@ -250,6 +250,28 @@ def test_block_attention_serves_training_only_and_agrees_with_torch() -> None:
         assert {("blocks", window), ("mask", window)} == memo.keys()
 
 
+def test_flex_attention_is_compiled_with_the_model_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.testing import CompileCounter  # the compiler, which takes seconds to import
+
+    flex = next(one for one in k.CANDIDATES["cuda"]["attention"] if one.name == "flex")
+    here = replace(flex, why_not=lambda device, dtype: flex.why_not(CUDA, dtype))  # which imports it
+    monkeypatch.setitem(k.CANDIDATES["cpu"], "attention", [here])
+    model = GPT(GPTConfig(n_layer=3, d_model=32, n_head=2, vocab_size=8, window_pattern="SL"))
+    model.init_weights()
+    for p in model.parameters():  # of which zeros would hide what attention gives
+        torch.nn.init.normal_(p, std=0.1)
+    ids = torch.arange(128).view(2, 64) % 8  # more rows than decoding kernels take
+    with torch.no_grad():
+        docs = [(torch.arange(128).view(2, 64) * n // 128).int() for n in (5, 6, 7)]
+        want = [model(ids, doc=doc) for doc in docs]
+        assert "attention flex" in model.set_compute(torch.float32)
+        counter = CompileCounter()
+        compiled = torch.compile(model, backend=counter, dynamic=False, fullgraph=True)
+        for doc, logits in zip(docs, want, strict=True):
+            torch.testing.assert_close(compiled(ids, doc=doc), logits)
+    assert counter.frame_count == 1
+
+
 def test_our_triton_kernels_are_refused_on_a_cpu_without_the_interpreter() -> None:
     if triton_scan.triton is None:
         pytest.skip("triton is not installed")

@@ -224,9 +224,9 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, causal: bool, window_size: 
 
 def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q: int, max_k: int, **options) -> Tensor:
     """(tokens, H, K) and int32 cu_seqlens: every sequence by itself."""
-    assert cu_q.dtype == torch.int32 and cu_q[-1] == len(q) and cu_q.diff().max() == max_q == max_k
+    assert cu_q.dtype == torch.int32 and cu_q[-1] == len(q) and cu_q.diff().max() <= max_q == max_k
     pieces = zip(*(t.split(cu_q.diff().tolist()) for t in (q, k, v)), strict=True)
-    return torch.cat([flash_attn_func(*(t[None] for t in piece), **options)[0] for piece in pieces])
+    return torch.cat([flash_attn_func(*(t[None] for t in piece), **options)[0] for piece in pieces if len(piece[0])])
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -248,6 +248,12 @@ def test_flash_adapter_sees_what_self_attention_sees(
         optional.document_mask(doc, window)(b, torch.tensor(0), i[:, None], i).expand(2, 1, 16, 16),
         mask.expand(2, 1, 16, 16),
     )
+
+
+def test_the_flash_adapter_gives_few_sizes() -> None:
+    cu, longest = optional._few_sizes(optional.documents(DOC))
+    assert cu.tolist() == [0, 7, 9, 16, 24, 32, 32, 32, 32] and cu.dtype == torch.int32 and longest == 8
+    assert optional._few_sizes(torch.zeros(1, 9))[0].tolist() == [0, 9]
 
 
 def test_ssd_adapter_masks_pads_behind_softplus_and_counts_documents_from_zero(monkeypatch: pytest.MonkeyPatch) -> None:

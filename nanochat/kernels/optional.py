@@ -5,6 +5,7 @@ tests check the argument mapping with stand-ins. Nothing is imported before `ava
 """
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -29,8 +30,12 @@ class Package:
     cure: str
 
     def load(self, function: str = "") -> Callable[..., Any]:
-        """The function (or another one of its module); raises what the import raises."""
-        return getattr(import_module(self.module), function or self.function)
+        """The function (or another one of its module); raises what the import raises.
+
+        torch.compile follows the look into sys.modules, where `available` has put it, but no import.
+        """
+        module = sys.modules[self.module] if self.module in sys.modules else import_module(self.module)
+        return getattr(module, function or self.function)
 
     def available(self, device: torch.device) -> str | None:
         """Why it cannot run on this device, with the import's own words; None = it can."""
@@ -180,6 +185,15 @@ def _end_to_end(seq_idx: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor
     return doc, cu_seqlens(doc)
 
 
+def _few_sizes(seq_idx: Tensor) -> tuple[Tensor, int]:
+    """The same with empty documents behind and a longest rounded up, both to a power of two: torch.compile makes new
+    code for every size it meets, and gives up after eight. Only what asks the device is then left to plain Python."""
+    cu = cu_seqlens(seq_idx).int()
+    longest = int(cu.diff().max())
+    n = 1 << (len(cu) - 2).bit_length()
+    return torch.cat((cu, cu[-1:].expand(n + 1 - len(cu)))), 1 << (longest - 1).bit_length()
+
+
 def _need_half(package: str, x: Tensor) -> None:
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise UserError(f"{package} multiplies bfloat16 or float16, got {x.dtype}: set dtype=bfloat16 or kernels=auto")
@@ -197,8 +211,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc: Tensor | 
     if doc is None:
         return FLASH_ATTENTION.load()(q, k, v, **options).transpose(1, 2)
     if "cu_seqlens" not in memo:
-        cu = cu_seqlens(doc).int()
-        memo["cu_seqlens"] = cu, int(cu.diff().max())
+        memo["cu_seqlens"] = _few_sizes(doc)
     cu, longest = memo["cu_seqlens"]
     q, k, v = (t.reshape(B * T, *t.shape[2:]) for t in (q, k, v))
     out = FLASH_ATTENTION.load("flash_attn_varlen_func")(q, k, v, cu, cu, longest, longest, **options)
@@ -217,9 +230,13 @@ def document_mask(doc: Tensor | None, window: int) -> Callable[..., Tensor]:
     return seen
 
 
-@functools.cache
-def _compiled(function: str) -> Callable[..., Any]:
-    return torch.compile(FLEX_ATTENTION.load(function))
+_compiled = functools.cache(torch.compile)
+
+
+def _flex(function: str) -> Callable[..., Any]:
+    """A function of flex_attention, compiled: with the model where that is being compiled, else by itself."""
+    found = FLEX_ATTENTION.load(function)
+    return found if torch.compiler.is_compiling() else _compiled(found)
 
 
 def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc: Tensor | None, memo: dict) -> Tensor:
@@ -227,9 +244,9 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, window: int, doc: Tensor | N
     mask = memo.get(("flex", window))
     if mask is None:
         B, T = (None if doc is None else q.size(0)), q.size(2)
-        create = _compiled("create_block_mask")  # eager, it would hold several (B, T, T)
+        create = _flex("create_block_mask")  # eager, it would hold several (B, T, T)
         mask = memo["flex", window] = create(document_mask(doc, window), B, None, T, T, device=q.device)
-    return _compiled("flex_attention")(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+    return _flex("flex_attention")(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
 
 
 def gated_delta_rule(
