@@ -24,7 +24,7 @@ from nanochat.kernels.optional import NO_LIMIT, documents
 from nanochat.kernels.triton_scan import jit, tl, triton
 from nanochat.ops.rows import valid_tokens
 
-BLOCK = 64  # rows, and at most columns, of a tile
+BLOCK = 64  # rows and columns of a tile at most
 
 
 @jit
@@ -61,24 +61,27 @@ def _backward_x(
     x, w, B, ds, dx, dw, x_b, x_c, x_q, x_h, x_p, B_b, B_c, B_q, B_g, B_n, nc, Q, H, P, G, N,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch x chunk x head, Q blocks), BLOCK_P >= P. dx: (B, nc, Q, H, P), dw: (B, nc, Q, H), ds as out."""
+    """Grid (batch x chunk x head, Q blocks). dx: (B, nc, Q, H, P), dw: (B, nc, Q, H), ds as out."""
     bch = tl.program_id(0).to(tl.int64)
     h, bc = bch % H, bch // H
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    p = tl.arange(0, BLOCK_P)
     x += (bc // nc) * x_b + (bc % nc) * x_c + h * x_h
     B += (bc // nc) * B_b + (bc % nc) * B_c + h // (H // G) * B_g
-    m = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)  # dS^T B: the gradient of w x
-    for i in range(tl.cdiv(N, BLOCK_N)):
-        n = i * BLOCK_N + tl.arange(0, BLOCK_N)
-        B_qn = _load(B, q, n, Q, N, B_q, B_n)
-        ds_np = _load(ds + bch * P * N, n, p, N, P, 1, N)
-        m += tl.dot(B_qn, ds_np.to(B_qn.dtype), input_precision="ieee")
     at = (bc * Q + q) * H + h
     w_q = tl.load(w + at, mask=q < Q, other=0.0)
-    x_qp = _load(x, q, p, Q, P, x_q, x_p).to(tl.float32)
-    tl.store(dx + at[:, None] * P + p[None, :], w_q[:, None] * m, mask=(q < Q)[:, None] & (p < P)[None, :])
-    tl.store(dw + at, tl.sum(x_qp * m, 1), mask=q < Q)
+    dw_q = tl.zeros((BLOCK_Q,), tl.float32)
+    for j in range(tl.cdiv(P, BLOCK_P)):
+        p = j * BLOCK_P + tl.arange(0, BLOCK_P)
+        m = tl.zeros((BLOCK_Q, BLOCK_P), tl.float32)  # dS^T B: the gradient of w x
+        for i in range(tl.cdiv(N, BLOCK_N)):
+            n = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            B_qn = _load(B, q, n, Q, N, B_q, B_n)
+            ds_np = _load(ds + bch * P * N, n, p, N, P, 1, N)
+            m += tl.dot(B_qn, ds_np.to(B_qn.dtype), input_precision="ieee")
+        x_qp = _load(x, q, p, Q, P, x_q, x_p).to(tl.float32)
+        dw_q += tl.sum(x_qp * m, 1)
+        tl.store(dx + at[:, None] * P + p[None, :], w_q[:, None] * m, mask=(q < Q)[:, None] & (p < P)[None, :])
+    tl.store(dw + at, dw_q, mask=q < Q)
 
 
 @jit
@@ -86,27 +89,29 @@ def _backward_B(
     x, w, ds, dB, x_b, x_c, x_q, x_h, x_p, nc, Q, H, P, G, N,
     BLOCK_Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch x chunk x group, Q blocks, N blocks), BLOCK_P >= P. dB: (B, nc, Q, G, N), summed over the heads."""
+    """Grid (batch x chunk x group, Q blocks, N blocks). dB: (B, nc, Q, G, N), summed over the heads."""
     bcg = tl.program_id(0).to(tl.int64)
     grp, bc = bcg % G, bcg // G
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
-    p = tl.arange(0, BLOCK_P)
     x += (bc // nc) * x_b + (bc % nc) * x_c
     acc = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
     for i in range(H // G):
         h = grp * (H // G) + i
         w_q = tl.load(w + (bc * Q + q) * H + h, mask=q < Q, other=0.0)
-        x_qp = _load(x + h * x_h, q, p, Q, P, x_q, x_p)
-        ds_pn = _load(ds + (bc * H + h) * P * N, p, n, P, N, N, 1)
-        acc += w_q[:, None] * tl.dot(x_qp, ds_pn.to(x_qp.dtype), input_precision="ieee")
+        for j in range(tl.cdiv(P, BLOCK_P)):
+            p = j * BLOCK_P + tl.arange(0, BLOCK_P)
+            x_qp = _load(x + h * x_h, q, p, Q, P, x_q, x_p)
+            ds_pn = _load(ds + (bc * H + h) * P * N, p, n, P, N, N, 1)
+            acc += w_q[:, None] * tl.dot(x_qp, ds_pn.to(x_qp.dtype), input_precision="ieee")
     at = (bc * Q + q) * G + grp
     tl.store(dB + at[:, None] * N + n[None, :], acc, mask=(q < Q)[:, None] & (n < N)[None, :])
 
 
-def _block(n: int) -> int:
-    """Tile edge for an axis of n: a power of two, at least 16 (tl.dot), at most BLOCK."""
-    return min(BLOCK, max(16, triton.next_power_of_2(n)))
+def _blocks(Q: int, P: int, N: int) -> dict[str, int]:
+    """Edges of the tiles: powers of two, at least 16 (tl.dot), at most BLOCK, so that they fit into shared memory."""
+    edges = (min(BLOCK, max(16, triton.next_power_of_2(n))) for n in (Q, P, N))
+    return dict(zip(("BLOCK_Q", "BLOCK_P", "BLOCK_N"), edges, strict=True))
 
 
 class _ChunkStates(torch.autograd.Function):
@@ -116,7 +121,7 @@ class _ChunkStates(torch.autograd.Function):
     def forward(ctx, x: Tensor, w: Tensor, B: Tensor) -> Tensor:
         (b, nc, Q, H, P), (G, N) = x.shape, B.shape[3:]
         out = x.new_empty(b, nc, H, P, N, dtype=torch.float32)
-        blocks = {"BLOCK_Q": _block(Q), "BLOCK_P": _block(P), "BLOCK_N": _block(N)}
+        blocks = _blocks(Q, P, N)
         grid = (b * nc * H, triton.cdiv(P, blocks["BLOCK_P"]), triton.cdiv(N, blocks["BLOCK_N"]))
         with torch.cuda.device_of(x):
             _forward[grid](x, w, B, out, *x.stride(), *B.stride(), nc, Q, H, P, G, N, **blocks)
@@ -130,7 +135,7 @@ class _ChunkStates(torch.autograd.Function):
         (b, nc, Q, H, P), (G, N) = x.shape, B.shape[3:]
         ds = ds.contiguous()
         dx, dw, dB = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, w, B))
-        blocks = {"BLOCK_Q": _block(Q), "BLOCK_P": max(16, triton.next_power_of_2(P)), "BLOCK_N": _block(N)}
+        blocks = _blocks(Q, P, N)
         rows, cols, sizes = triton.cdiv(Q, blocks["BLOCK_Q"]), triton.cdiv(N, blocks["BLOCK_N"]), (nc, Q, H, P, G, N)
         with torch.cuda.device_of(x):
             _backward_x[b * nc * H, rows](x, w, B, ds, dx, dw, *x.stride(), *B.stride(), *sizes, **blocks)
