@@ -6,6 +6,6 @@
 depth = 20
 block_pattern = ["gdn"] * 20
 max_seq_len = 2048
-device_batch_size = 32
+device_batch_size = 16
 total_batch_size = 524288
 target_param_data_ratio = 20

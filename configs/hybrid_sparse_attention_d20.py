@@ -8,6 +8,6 @@ d_model = 1280
 block_pattern = "3*mamba2+attn+3*mamba2"  # attention is never first, and once past the middle
 mamba_use_mlp = True
 max_seq_len = 2048
-device_batch_size = 32
+device_batch_size = 16
 total_batch_size = 524288
 target_param_data_ratio = 20

@@ -191,6 +191,27 @@ def test_kernels_match_float64(found: dict[str, dict[str, float]], case: str) ->
     assert not wrong, found[case]
 
 
+def test_ssd_keeps_no_more_than_its_inputs_for_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk_states(x: Tensor, dt: Tensor, decay: Tensor, B: Tensor) -> Tensor:
+        """Of one group of heads, in plain torch, so that no Triton is needed."""
+        return torch.einsum("bcqhp,bcqh,bcqn->bchpn", x, dt * decay, B[..., 0, :])
+
+    monkeypatch.setattr(triton_ssd, "chunk_states", chunk_states)
+    torch.manual_seed(0)
+    x, dt, A, B, C = torch.randn(1, 256, 4, 8), torch.rand(1, 256, 4), -torch.rand(4), *torch.randn(2, 1, 256, 1, 8)
+    inputs, kept = [t.requires_grad_() for t in (x, dt, A, B, C)], {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = triton_ssd.ssd_scan(*inputs, chunk_size=64)
+    assert 0 < sum(kept.values()) <= sum(t.untyped_storage().nbytes() for t in inputs)
+    got, want = (torch.autograd.grad(t.square().sum(), inputs) for t in (y, ops.ssd_scan(*inputs)))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
 def test_available_names_cause_and_cure() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     ours = triton_scan.available(cpu)

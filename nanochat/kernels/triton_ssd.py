@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.kernels.optional import NO_LIMIT, documents
 from nanochat.kernels.triton_scan import jit, tl, triton
@@ -202,6 +203,45 @@ def _outputs(x: Tensor, dt: Tensor, B: Tensor, C: Tensor, decays: tuple[Tensor, 
     return torch.addcmul(own.float(), since[..., None], carried.float()).transpose(2, 3)
 
 
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    initial_states: Tensor | None,
+    seq_idx: Tensor | None,
+    dt_softplus: bool,
+    dt_limit: tuple[float, float],
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """ssd_scan, with the final states, keeping all that its backward needs."""
+    (_, T, H, P), N, pad = x.shape, B.size(-1), -x.size(1) % chunk_size
+    dt = dt.float() if dt_bias is None else dt.float() + dt_bias
+    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
+    doc = None
+    if lengths is not None:
+        dt = torch.where(valid_tokens(x, lengths)[..., None], dt, 0.0)
+    if seq_idx is not None:
+        doc = documents(seq_idx, lengths)
+        doc = torch.cat((doc, doc[:, -1:].expand(-1, pad)), 1).unflatten(1, (-1, chunk_size))
+    xs, Bs, Cs = (_chunks(t.to(x.dtype), chunk_size) for t in (x, B, C))
+    dt = _chunks(dt, chunk_size)
+    decays = _chunk_decays((dt * A.float()).transpose(2, 3), doc)
+    added = chunk_states(xs, dt, decays[2].transpose(2, 3), Bs)
+    state = added.new_zeros(x.size(0), H, P, N) if initial_states is None else initial_states.float()
+    before, state = _carry(added, decays[3], state)
+    y = _outputs(xs, dt, Bs, Cs, decays, before).flatten(1, 2)[:, :T]
+    if D is not None:
+        y = torch.addcmul(y, x.float(), D.float().view(H, -1))
+    y = (y if z is None else y * F.silu(z.float())).to(x.dtype)
+    return y, state
+
+
 def ssd_scan(
     x: Tensor,
     dt: Tensor,
@@ -226,26 +266,13 @@ def ssd_scan(
     (B, H, P, N), seq_idx: (B, T), lengths: (B,) -> y (B, T, H, P) in x's dtype, or (y, final_states (B, H, P, N)
     float32). Any T.
 
-    Differentiable once. The backward keeps B T H Q decays in float32 and as many weights in x's dtype, and a state
-    (H, P, N) per chunk. `triton_scan.available` must be None.
+    Differentiable once. The backward computes the scan again: kept, the B T H Q decays in float32, as many weights and
+    a state (H, P, N) per chunk of every layer of mamba2_d20 are 95 GB at 32 x 2,048 tokens. `triton_scan.available`
+    must be None.
     """
-    (_, T, H, P), N, pad = x.shape, B.size(-1), -x.size(1) % chunk_size
-    dt = dt.float() if dt_bias is None else dt.float() + dt_bias
-    dt = (F.softplus(dt) if dt_softplus else dt).clamp(*dt_limit)
-    doc = None
-    if lengths is not None:
-        dt = torch.where(valid_tokens(x, lengths)[..., None], dt, 0.0)
-    if seq_idx is not None:
-        doc = documents(seq_idx, lengths)
-        doc = torch.cat((doc, doc[:, -1:].expand(-1, pad)), 1).unflatten(1, (-1, chunk_size))
-    xs, Bs, Cs = (_chunks(t.to(x.dtype), chunk_size) for t in (x, B, C))
-    dt = _chunks(dt, chunk_size)
-    decays = _chunk_decays((dt * A.float()).transpose(2, 3), doc)
-    added = chunk_states(xs, dt, decays[2].transpose(2, 3), Bs)
-    state = added.new_zeros(x.size(0), H, P, N) if initial_states is None else initial_states.float()
-    before, state = _carry(added, decays[3], state)
-    y = _outputs(xs, dt, Bs, Cs, decays, before).flatten(1, 2)[:, :T]
-    if D is not None:
-        y = torch.addcmul(y, x.float(), D.float().view(H, -1))
-    y = (y if z is None else y * F.silu(z.float())).to(x.dtype)
+    inputs = (x, dt, A, B, C, chunk_size, D, z, dt_bias, initial_states, seq_idx, dt_softplus, dt_limit, lengths)
+    if torch.is_grad_enabled():
+        y, state = checkpoint(_scan, *inputs, use_reentrant=False, preserve_rng_state=False)
+    else:
+        y, state = _scan(*inputs)
     return (y, state) if return_final_states else y
