@@ -39,11 +39,17 @@ error_exits: list[Callable[[int], None]] = []  # what run_script calls with the 
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Run a script's main(argv). A UserError becomes one line on stderr and exit code 2; Ctrl-C exits 130."""
+    """Run a script's main(argv). A UserError becomes one line on stderr and exit code 2, and so does what the system
+    refuses (a full disk, a file where a folder belongs); Ctrl-C exits 130."""
     try:
         main(sys.argv[1:])
     except UserError as e:
         _fail(f"error: {e}", 2)
+    except BrokenPipeError:  # whoever read the output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _fail("error: nobody reads the output any more", 1)
+    except OSError as e:
+        _fail(f"error: {_refused(e)}", 2)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     except Exception:
@@ -57,6 +63,14 @@ def _fail(text: str, code: int) -> NoReturn:
     for leave in error_exits:
         leave(code)
     raise SystemExit(code) from None
+
+
+def _refused(e: OSError) -> str:
+    """What the system would not do, where, and what to do."""
+    if known := _disk_error(e, Path(e.filename or "a file")):
+        return str(known)
+    what = f"{e.filename}: {e.strerror}" if e.filename else str(e) or type(e).__name__
+    return f"{' '.join(what.split())}: mend that, or name another path"
 
 
 @contextlib.contextmanager
@@ -79,12 +93,22 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[Any]:
             tmp.unlink(missing_ok=True)
 
 
-def raise_disk_error(e: OSError, path: Path) -> None:
-    """Turn a full disk or a read-only folder into a UserError naming folder and cure; re-raise anything else."""
+WHERE = "NANOCHAT_BASE_DIR, or --output where the command has it"
+
+
+def _disk_error(e: OSError, path: Path) -> UserError | None:
+    """Of a full disk or a read-only folder, naming folder and cure."""
     if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        raise UserError(f"no space left writing {path}: free space, or set NANOCHAT_BASE_DIR elsewhere") from e
+        return UserError(f"no space left writing {path}: free space, or write elsewhere ({WHERE})")
     if e.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        raise UserError(f"cannot write {path} ({e.strerror}): set NANOCHAT_BASE_DIR to a writable folder") from e
+        return UserError(f"cannot write {path} ({e.strerror}): make it writable, or write elsewhere ({WHERE})")
+    return None
+
+
+def raise_disk_error(e: OSError, path: Path) -> NoReturn:
+    """Turn a full disk or a read-only folder into a UserError; raise anything else as it is."""
+    if known := _disk_error(e, path):
+        raise known from e
     raise e
 
 

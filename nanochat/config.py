@@ -9,6 +9,7 @@ underscores, bare `--flag` for booleans and a bare `--` (torchrun habit) are all
 
 import ast
 import difflib
+import math
 import runpy
 import types
 from collections.abc import Sequence
@@ -201,7 +202,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
     for t in options:
         value = _parse_one(text, t)
         if value is not _NO:
-            return value
+            return _finite(f"--{key}", value)
     raise UserError(f"--{key}={text}: expected {_type_name(hint)}")
 
 
@@ -226,10 +227,20 @@ def _parse_one(text: str, t: Any) -> Any:
         if not text.startswith(("[", "(", "{")):
             return _NO if (get_origin(t) or t) is dict else text.split(",")
         try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+            value, kind = ast.literal_eval(text), get_origin(t) or t
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             return _NO
+        if kind is dict:
+            return value if isinstance(value, dict) and all(isinstance(k, str) for k in value) else _NO
+        return kind(value) if isinstance(value, list | tuple) else _NO
     return _NO
+
+
+def _finite(what: str, value: Any) -> Any:
+    """No rate, share or limit is nan or infinite: with one, a training runs to its end and saves nothing but nan."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{what}={value}: expected a finite number")
+    return value
 
 
 def _int_like(text: str) -> Any:
@@ -248,7 +259,7 @@ def _check(key: str, value: Any, hint: Any, where: str) -> Any:
             if value in get_args(t):
                 return value
         elif t is float and type(value) in (int, float):
-            return float(value)
+            return _finite(f"{where}: {key}", float(value))
         elif t is int and type(value) is float and value.is_integer():
             return int(value)
         elif isinstance(value, get_origin(t) or t) and not (isinstance(value, bool) and t is not bool):

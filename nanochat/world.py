@@ -13,10 +13,12 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nanochat.world_more import MORE_CLAUSES
 from nanochat.world_names import Dice, Entity, Split, make_entities
 from nanochat.world_text import CYCLE, INTROS, LEADS, LINKS, RELATIONS, VALUES, Relation
 
 Where = Literal["subject", "object", "both"]
+Templates = Literal["train", "many", "test"]
 Forms = tuple[str, str, str]  # nominative, possessive, objective
 VERSION = 1  # raise when the same arguments give other text: results name it
 WHERE: tuple[Where, ...] = ("subject", "subject", "subject", "both", "object")
@@ -57,7 +59,8 @@ class World:
     """Entities, facts and documents, all a function of (seed, n_entities, split, templates).
 
     seed: any int. n_entities: at least 20 (one round of all seven types).
-    templates: "train" or "test" wordings; by default test wordings for the test split only.
+    templates: "train" or "test" wordings, or "many": those of train and further ones (nanochat/world_more.py). By
+    default test wordings for the test split only.
     """
 
     def __init__(
@@ -65,14 +68,14 @@ class World:
         seed: int,
         n_entities: int,
         split: Split = "train",
-        templates: Literal["train", "test"] | None = None,
+        templates: Templates | None = None,
     ) -> None:
         if split not in ("train", "val", "test"):
             raise ValueError(f"split={split!r}: expected train, val or test")
         if n_entities < len(CYCLE):
             raise ValueError(f"n_entities={n_entities}: a world needs at least {len(CYCLE)}, one round of every type")
         self.seed, self.split = seed, split
-        self.templates = templates or ("test" if split == "test" else "train")
+        self.templates: Templates = templates or ("test" if split == "test" else "train")
         self.entities = make_entities(Dice(VERSION, seed, split, "entities"), n_entities, split)
         self.by_type: dict[str, list[Entity]] = {
             t: [e for e in self.entities if e.type == t] for t in dict.fromkeys(CYCLE)
@@ -199,7 +202,8 @@ class _Writer:
         rel = RELATIONS[facts[0].relation]
         objects = [f.value if f.object is None else self.world._spoken(f.object, self.dice) for f in facts]
         listed = objects[0] if len(objects) == 1 else ", ".join(objects[:-1]) + " and " + objects[-1]
-        template = self.dice.pick(rel.train if self.world.templates == "train" else rel.test)
+        more = MORE_CLAUSES[rel.name] if self.world.templates == "many" else ()
+        template = self.dice.pick(rel.test if self.world.templates == "test" else (*rel.train, *more))
         s, sp, so = _by_name(name) if "of {so}" in template else subject
         self.clauses.append((template.format(s=s, sp=sp, so=so, o=listed), True))
         self.stated += [f.id for f in facts]

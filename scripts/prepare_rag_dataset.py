@@ -70,6 +70,9 @@ class PrepareConfig:
     kinds: Annotated[list, "of these questions (tasks/world.py), as 1hop,1hop,missing"] = field(
         default_factory=lambda: KINDS
     )
+    wordings: Annotated[
+        Literal["few", "many"], "to tell and to ask for a relation of the world: 3 and 2, or 10 and 9"
+    ] = "few"
     val_world: Annotated[Literal["val", "test"], "of val.jsonl: val is worded as in training, test is not"] = "val"
     max_facts: Annotated[int | None, "facts in a document of the world at most; none = one article an entity"] = None
     seed: Annotated[int, "of the world"] = 0
@@ -84,8 +87,10 @@ class PrepareConfig:
             raise ValueError(f"chunk_tokens={self.chunk_tokens}: a passage of --mode openqa needs a size")
         if not 0 <= self.val_share < 1 or not 0 <= self.max_bad <= 1:
             raise ValueError(f"val_share={self.val_share}, max_bad={self.max_bad}: expected shares from 0 to below 1")
-        if self.val_world != "val" and not made:
-            raise ValueError(f"--mode {self.mode} has no invented world: val_world is of example and world")
+        if (self.val_world, self.wordings) != ("val", "few") and not made:
+            raise ValueError(
+                f"--mode {self.mode} has no invented world: val_world and wordings are of example and world"
+            )
         if self.world_size not in (None, *SIZES):
             raise ValueError(f"world_size={self.world_size}: expected {', '.join(SIZES)}")
 
@@ -136,7 +141,8 @@ def world_items(cfg: PrepareConfig, reading: Reading) -> Iterator[Document | Que
     val_size = max(SIZES["nano"], round(cfg.val_share * size))
     val_questions = round(cfg.val_share * questions)
     for split, n_entities, n in (("train", size, questions), ("val", val_size, val_questions)):
-        world = World(cfg.seed, n_entities, split if split == "train" else cfg.val_world)
+        which = split if split == "train" else cfg.val_world
+        world = World(cfg.seed, n_entities, which, "many" if cfg.wordings == "many" and which != "test" else None)
         for document in world_documents(world, max_facts=cfg.max_facts):
             yield from reading.document(document)
         for row in world_rows(world, n, kinds=cfg.kinds, seed=cfg.seed, max_facts=cfg.max_facts) if n else []:

@@ -5,6 +5,7 @@ Data only. {s} is a name or a phrase that describes one thing ("the town where X
 
 from dataclasses import dataclass
 
+from nanochat.world_more import MORE_ASKS
 from tasks.world_questions import QUESTIONS
 
 
@@ -12,7 +13,7 @@ from tasks.world_questions import QUESTIONS
 class Wording:
     """asks: whole questions. phrases: what describes the object, none for a date, number or word. query: for a search.
 
-    asks and phrases are by templates: "train" or "test".
+    asks and phrases are by templates: "train", "many" or "test".
     """
 
     asks: dict[str, tuple[str, ...]]
@@ -22,8 +23,9 @@ class Wording:
 
 def _wording(relation: str, query: str, train: str, test: str, of_train: str = "", of_test: str = "") -> Wording:
     """train, test: questions, in train beside the one of QUESTIONS. of_train, of_test: phrases."""
-    asks = {"train": (QUESTIONS[relation], *_cut(train)), "test": _cut(test)}
-    return Wording(asks, {"train": _cut(of_train), "test": _cut(of_test)}, query)
+    many = (QUESTIONS[relation], *MORE_ASKS[relation], *_cut(train))
+    asks = {"train": (QUESTIONS[relation], *_cut(train)), "many": many, "test": _cut(test)}
+    return Wording(asks, {"train": _cut(of_train), "many": _cut(of_train), "test": _cut(of_test)}, query)
 
 
 def _cut(text: str) -> tuple[str, ...]:
@@ -206,7 +208,7 @@ class Comparison:
 
 
 def _compare(less: str, more: str, train: str, test: str) -> Comparison:
-    return Comparison(less, more, {"train": _cut(train), "test": _cut(test)})
+    return Comparison(less, more, {"train": _cut(train), "many": _cut(train), "test": _cut(test)})
 
 
 COMPARISONS = {
@@ -270,6 +272,6 @@ FALSE_PREMISES: dict[str, tuple[str, ...]] = {
 
 # how a document says when it was written
 DATED = {
-    "train": ("Written in {year}.", "As of {year}.", "This page is from {year}."),
+    **dict.fromkeys(("train", "many"), ("Written in {year}.", "As of {year}.", "This page is from {year}.")),
     "test": ("Last revised in {year}.", "State of {year}."),
 }

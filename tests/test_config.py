@@ -1,5 +1,7 @@
 import importlib
 import re
+import subprocess
+import sys
 from dataclasses import FrozenInstanceError, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -8,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.common import REPO_DIR
+from nanochat.common import REPO_DIR, run_script
 from nanochat.config import STAGE_KEYS, UserError, load_config
 
 
@@ -114,7 +116,7 @@ def test_whole_numbers_may_be_written_the_way_token_counts_are(text: str, value:
 
 @given(
     depth=st.integers(1, 10**12),
-    matrix_lr=st.floats(allow_nan=False),
+    matrix_lr=st.floats(allow_nan=False, allow_infinity=False),
     compile=st.booleans(),
     run=st.text(st.characters(blacklist_categories=["Cs"])),
     dtype=st.sampled_from(["auto", "bfloat16", "float32"]),
@@ -185,11 +187,18 @@ def test_a_wrong_type_in_a_file_names_file_key_value_and_the_type_expected(tmp_p
         ("--dtype=int8", "auto|bfloat16|float32"),
         ("--depth=", "int"),
         ("--block_pattern=[attn", "list"),
+        ("--block_pattern={'a': 1}", "list"),
+        ("--matrix_lr=nan", "a finite number"),
+        ("--matrix_lr=-inf", "a finite number"),
     ],
 )
 def test_a_wrong_type_on_the_command_line_names_flag_and_type(flag: str, expected: str):
     message = refused([flag])
     assert flag in message and expected in message
+
+
+def test_a_rate_in_a_file_is_finite_too(tmp_path: Path):
+    assert "toy.py: matrix_lr=inf: expected a finite number" in refused([config_file(tmp_path, "matrix_lr = 1e999")])
 
 
 def test_a_flag_without_its_value_is_refused():
@@ -297,3 +306,35 @@ STAGES = sorted(
 def test_every_key_of_a_stage_may_stand_in_a_file_meant_for_another_stage(name: str):
     config = only_config(importlib.import_module(f"scripts.{name}"))
     assert {f.name for f in fields(config)} - STAGE_KEYS == set()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (NotADirectoryError(20, "Not a directory"), "Not a directory: mend that, or name another path"),
+        (OSError(28, "No space left on device"), "free space, or write elsewhere"),
+        (PermissionError(13, "Permission denied"), "make it writable, or write elsewhere"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_that_names_the_path(
+    capsys: pytest.CaptureFixture[str], error: OSError, said: str
+):
+    def refused(_: list[str]) -> None:
+        error.filename = "some/where"
+        raise error
+
+    with pytest.raises(SystemExit) as e:
+        run_script(refused)
+    [line] = capsys.readouterr().err.splitlines()
+    assert e.value.code == 2 and line.startswith("error: ") and "some/where" in line and said in line
+
+
+def test_a_reader_that_has_gone_is_no_traceback():
+    code = "from nanochat.common import run_script; run_script(lambda _: [print('x' * 99) for _ in range(10**5)])"
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO_DIR, stdout=pipe, stderr=pipe)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.readline()
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(60), said) == (1, b"error: nobody reads the output any more\n")

@@ -20,6 +20,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.world import World
 from scripts.bench_context import BenchContextConfig, plan
 from scripts.chat_cli import ABSTENTION
+from scripts.prepare_rag_dataset import PrepareConfig
 from scripts.rag_eval import RagEvalConfig
 from scripts.rag_finetune import RagFinetuneConfig
 from tasks.world import world_documents
@@ -127,7 +128,11 @@ def test_every_key_and_default_of_the_recipes_is_the_scripts() -> None:
     assert len(rows) == len(table.splitlines()) - 2 == 7
     for key, default in rows:
         assert fields[key].default == (float(default) if default[0].isdigit() else None)
-    keys = {f.name for c in (RagEvalConfig, RagFinetuneConfig, BenchContextConfig) for f in dataclasses.fields(c)}
+    keys = {
+        f.name
+        for c in (RagEvalConfig, RagFinetuneConfig, BenchContextConfig, PrepareConfig)
+        for f in dataclasses.fields(c)
+    }
     assert set(re.findall(r"`[^`\n]*--(\w+)[^`\n]*`", PAGE)) <= keys
 
 

@@ -632,6 +632,8 @@ def test_a_test_world_is_told_and_asked_in_words_that_training_never_has(tmp_pat
     for row in rows:
         asks = [re.escape(t).replace(r"\{s\}", ".+") for t in WORDINGS[row["relations"][0]].asks["test"]]
         assert any(re.fullmatch(ask, row["question"], re.IGNORECASE) for ask in asks)
+    many = run(tmp_path / "m", *flags, "--wordings=many")
+    assert rows_of(many / "val.jsonl") != rows_of(usual / "val.jsonl")
     with pytest.raises(UserError, match="val_world"):
         run(tmp_path / "c", "--mode=jsonl", "--input=x.jsonl", "--val_world=test")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.world import VERSION, World
+from nanochat.world_more import MORE_CLAUSES
 from nanochat.world_names import NAMES, name_split
 from nanochat.world_text import CYCLE, INTROS, RELATIONS, VALUES
 
@@ -86,6 +87,18 @@ def test_train_and_test_templates_are_disjoint_and_the_test_split_uses_its_own()
         assert len(rel.train) >= 3 and len(rel.test) >= 2 and not set(rel.train) & set(rel.test), rel.name
     assert World(0, 20, "test").templates == "test"
     assert World(0, 20, "val").templates == World(0, 20, "train").templates == "train"
+
+
+def test_many_wordings_are_ten_of_which_none_is_held_out_and_facts_stay_the_same():
+    assert set(MORE_CLAUSES) == set(RELATIONS)
+    for rel in RELATIONS.values():
+        many = (*rel.train, *MORE_CLAUSES[rel.name])
+        assert len(set(many)) == 10 and not set(many) & set(rel.test), rel.name
+        assert all(t.count("{o}") == 1 and sum(map(t.count, ("{s}", "{sp}", "{so}"))) for t in many), rel.name
+    few, many = World(0, 200), World(0, 200, templates="many")
+    assert few.facts == many.facts and few.entities == many.entities
+    told, more = ([d.text for d in w.documents()] for w in (few, many))
+    assert [sorted(d.facts) for d in few.documents()] == [sorted(d.facts) for d in many.documents()] and told != more
 
 
 def test_schema_names_only_what_exists():

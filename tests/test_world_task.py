@@ -11,6 +11,7 @@ import pytest
 from nanochat.config import UserError
 from nanochat.retrieval.document import Document
 from nanochat.world import Fact, World
+from nanochat.world_more import MORE_CLAUSES
 from nanochat.world_names import NAMES, name_split
 from nanochat.world_text import RELATIONS, VALUES
 from tasks.world import (
@@ -285,10 +286,11 @@ def test_wordings_of_train_and_test_are_disjoint_and_used_in_their_own_worlds_on
     assert set(WORDINGS) == set(QUESTIONS)
     for relation, wording in WORDINGS.items():
         for told in (wording.asks, wording.phrases):
-            assert not set(told["train"]) & set(told["test"]), relation
+            assert not set(told["many"]) & set(told["test"]) and set(told["train"]) <= set(told["many"]), relation
             for some in told.values():
                 assert all(template.count("{s}") == 1 for template in some), relation
                 assert len(some) >= 2 or told is wording.phrases, relation
+        assert len(set(wording.asks["many"])) == 9, relation
         nests = any(RELATIONS[relation].object == r.subject for r in RELATIONS.values())
         assert all((len(some) >= 2) == nests for some in wording.phrases.values()), relation
     for comparison in COMPARISONS.values():
@@ -339,12 +341,14 @@ def test_documents_of_test_worlds_are_told_in_words_held_out_from_train_worlds(w
     """No three words of a training template that hold no slot and no test template has stand in a test document."""
     held = {"train": set[str](), "test": set[str]()}
     for relation in RELATIONS.values():
-        for split, templates in (("train", relation.train), ("test", relation.test)):
+        every = (*relation.train, *MORE_CLAUSES[relation.name])
+        for split, templates in (("train", every), ("test", relation.test)):
             for piece in (p for t in templates for p in re.split(r"\{\w+\}", t)):
                 run = words(piece)
                 held[split] |= {" ".join(run[i : i + 3]) for i in range(len(run) - 2)}
     assert len(held["train"] - held["test"]) > 50
-    told = {split: " ".join(" ".join(words(d.text)) for d in documents[split].values()) for split in ("train", "test")}
+    both = {"train": world_documents(World(0, 1000, templates="many")), "test": documents["test"].values()}
+    told = {split: " ".join(" ".join(words(d.text)) for d in those) for split, those in both.items()}
     for mine, other in (("train", "test"), ("test", "train")):
         only = held[mine] - held[other]
         assert not [run for run in only if f" {run} " in told[other]]
