@@ -15,6 +15,7 @@ OUTPUT appears when everything in it is whole.
 """
 
 import contextlib
+import fcntl
 import glob
 import json
 import os
@@ -199,30 +200,49 @@ def new_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place at the end. On an error it goes, and `path` stays.
 
     Between two renames at the end `path` is missing for a moment where it is replaced; a run killed right there has
-    left the old one as .NAME.old, which the next run puts back.
+    left the old one as .NAME.old, which the next run puts back. Of runs at once without `overwrite` the first stays.
     """
+    if os.path.ismount(path):
+        raise UserError(f"--output={path} is a mount point, which no folder can replace: name a folder in it")
     old, tmp = path.with_name(f".{path.name}.old"), path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if old.exists() and not path.exists():
-            os.replace(old, path)
-        check_output(path, overwrite)
-        shutil.rmtree(old, ignore_errors=True)
+        with locked(path.parent):
+            if old.exists() and not path.exists():
+                os.replace(old, path)
+            check_output(path, overwrite)
+            shutil.rmtree(old, ignore_errors=True)
         for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
             if not _runs(stale.name.split(".")[-2]):
                 shutil.rmtree(stale, ignore_errors=True)
         tmp.mkdir()
         yield tmp
         fsync_dir(tmp)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(tmp, path)
-        fsync_dir(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        with locked(path.parent):
+            check_output(path, overwrite)  # another run may have made it meanwhile
+            if path.exists():
+                os.replace(path, old)
+            os.replace(tmp, path)
+            fsync_dir(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except OSError as e:
         raise_disk_error(e, path)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One run at a time looks at what lies in `folder` and renames it."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            print(f"note: {folder} is on a disk without locks: let only one run make --output there", file=sys.stderr)
+        yield
+    finally:
+        os.close(lock)
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -315,7 +335,7 @@ def summary(made: dict[str, Any], reading: Reading, output: Path) -> str:
 
 def main(argv: list[str]) -> None:
     cfg = load_config(PrepareConfig, argv)
-    output = Path(cfg.output).expanduser().absolute()
+    output = Path(cfg.output).expanduser().resolve()  # what a link names is replaced, not the link
     with new_folder(output, cfg.overwrite) as folder:
         with open(folder / "bad_rows.jsonl", "w", encoding="utf-8") as listing:
             reading = Reading(listing)

@@ -20,7 +20,8 @@ from nanochat.config import UserError
 from nanochat.retrieval import Document, KnowledgeBase
 from nanochat.retrieval.readers import READERS, Question, Reading
 from nanochat.retrieval.readers.python_docs import first_sentence
-from scripts.prepare_rag_dataset import main
+from scripts import prepare_rag_dataset
+from scripts.prepare_rag_dataset import main, prepare
 from tasks.world_wording import WORDINGS
 
 ROW_KEYS = {"id", "question", "answers", "gold_ids", "answerable"}
@@ -540,6 +541,38 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path: Path):
     with pytest.raises(UserError, match="other files"):
         run(tmp_path, "--mode=jsonl", f"--input={corpus(tmp_path / 'in.jsonl', 5)}", "--overwrite")
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_link_stays_and_the_folder_it_names_is_replaced(tmp_path: Path):
+    source = corpus(tmp_path / "in.jsonl", 5)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "out").symlink_to("real")
+    for how in ([], ["--overwrite"]):
+        run(tmp_path, "--mode=jsonl", f"--input={source}", *how)
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "real" / "dataset.json").is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in.jsonl", "out", "real"]
+
+
+def test_a_mount_point_is_refused_before_the_input_is_read(tmp_path: Path):
+    with pytest.raises(UserError, match="mount point"):
+        main(["--mode=jsonl", f"--input={tmp_path / 'none'}", "--output=/"])
+
+
+def test_of_two_runs_at_once_the_first_to_end_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = corpus(tmp_path / "first.jsonl", 5)
+    second = corpus(tmp_path / "second.jsonl", 7)
+
+    def prepare_while_another_ends(*args: Any) -> dict[str, Any]:
+        monkeypatch.undo()
+        run(tmp_path, "--mode=jsonl", f"--input={first}")
+        return prepare(*args)
+
+    monkeypatch.setattr(prepare_rag_dataset, "prepare", prepare_while_another_ends)
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # of the run outside
+    with pytest.raises(UserError, match="is there already"):
+        run(tmp_path, "--mode=jsonl", f"--input={second}")
+    assert len(KnowledgeBase.open(tmp_path / "out" / "knowledge_base")) == 5
+    assert not list(tmp_path.glob(".out*"))
 
 
 def test_a_killed_run_leaves_nothing_half_and_the_next_one_clears_up(tmp_path: Path):
