@@ -82,6 +82,8 @@ class PrepareConfig:
         made = self.mode in ("example", "world")
         if made == bool(self.input):
             raise ValueError(f"--mode {self.mode} " + ("takes no --input" if made else "needs --input=PATH"))
+        if not self.output.strip() or not all(str(path).strip() for path in self.input or ()):
+            raise ValueError(f"output={self.output!r}, input={self.input}: one is blank (an unset variable?): name it")
         if (self.mode == "openqa") != bool(self.texts):
             raise ValueError("--mode openqa needs --texts=PATH, and no other mode takes it")
         if self.mode == "openqa" and self.chunk_tokens < 1:

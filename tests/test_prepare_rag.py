@@ -611,6 +611,9 @@ def test_what_a_run_killed_between_the_two_renames_left_is_put_back(tmp_path: Pa
     [
         (["--mode=files"], "needs --input"),
         (["--mode=world", "--input=x"], "takes no --input"),
+        (["--mode=files", "--input="], "is blank"),
+        (["--mode=files", "--input=x,,y"], "is blank"),
+        (["--mode=world", "--output="], "is blank"),
         (["--mode=tapes", "--input=x"], "--mode=tapes"),
         (["--mode=world", "--val_share=1"], "val_share"),
         (["--mode=world", "--world_size=huge"], "world_size=huge"),
