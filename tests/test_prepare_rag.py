@@ -121,12 +121,15 @@ def test_an_encoding_is_taken_from_html_that_names_it_and_from_nowhere_else(tmp_
     text = '<meta charset="latin-1"><p>caf\u00e9'.encode("latin-1")
     (tmp_path / "named.html").write_bytes(text)
     (tmp_path / "other.html").write_bytes(text.replace(b"latin-1", b"no-such"))
+    for name in ("undefined", "idna", "base64", "a\0b"):
+        (tmp_path / f"other {name[0]}.html").write_bytes(text.replace(b"latin-1", name.encode()))
     (tmp_path / "plain.html").write_bytes(b"<p>caf\xe9")
     (tmp_path / "plain.txt").write_bytes(b"caf\xe9")
     documents, _, bad, _ = read("files", tmp_path)
     assert [d.text for d in documents] == ["caf\u00e9"]
-    assert [(Path(b["file"]).name, b["line"]) for b in bad] == [("other.html", 0), ("plain.html", 0), ("plain.txt", 0)]
-    assert "no-such" in bad[0]["cause"] and "0xe9 at 3" in bad[2]["cause"]
+    names = [f"other{name}.html" for name in (" a", " b", " i", " u", "")]
+    assert [(Path(b["file"]).name, b["line"]) for b in bad] == [(n, 0) for n in (*names, "plain.html", "plain.txt")]
+    assert "no-such" in bad[4]["cause"] and "0xe9 at 3" in bad[6]["cause"]
 
 
 def test_unreadable_files_are_listed_and_the_others_read(tmp_path: Path):
@@ -209,6 +212,14 @@ BAD_LINES = [
     {"text": "x", "title": 5},
     {"text": "x", "metadata": 5},
     b'{"text": "\\ud800"}',
+    b'{"id": "\\ud800", "text": "x"}',
+    b'{"text": "x", "metadata": {"size": NaN}}',
+    b'{"text": "x", "size": [-Infinity]}',
+    b'{"question": "Q12?", "answers": ["x"], "gold_ids": ["first"], "kind": "\\ud800"}',
+    b'{"question": "Q13?", "answers": ["x"], "gold_ids": ["first"], "hops": [{"query": "\\ud800"}]}',
+    b'{"question": "Q14?", "answers": ["x"], "gold_ids": ["\\ud800"]}',
+    b'{"question": "Q15?", "answers": ["x"], "documents": [{"id": "\\ud800", "text": "x"}]}',
+    b'{"id": "\\ud800", "question": "Q16?", "answers": ["x"], "gold_ids": ["first"]}',
     {"question": "", "answers": ["x"], "gold_ids": ["first"]},
     {"question": "Q1?", "gold_ids": ["first"]},
     {"question": "Q2?", "answers": 5, "gold_ids": ["first"]},
@@ -241,6 +252,16 @@ def test_every_bad_line_is_listed_with_its_number_and_no_other_is(tmp_path: Path
     assert [d.id for d in documents] == ["first", "last"] and [q["id"] for q in questions] == ["q"]
     assert [b["line"] for b in bad] == list(range(3, 3 + len(BAD_LINES)))
     assert all(b["file"] == str(path) and b["cause"] and "\n" not in b["cause"] for b in bad)
+
+
+def test_a_file_name_that_is_no_unicode_is_a_bad_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "good.txt").write_text("good")
+    Path(os.fsdecode(os.fsencode(folder / "caf") + b"\xe9.txt")).write_text("text")
+    output = run(tmp_path, "--mode=files", f"--input={folder}")
+    assert [row["file"] for row in rows_of(output / "bad_rows.jsonl")] == [f"{folder}/caf\udce9.txt"]
+    assert r"caf\udce9.txt" in capsys.readouterr().out
 
 
 def test_a_file_that_is_cut_off_or_missing_stops(tmp_path: Path):

@@ -109,5 +109,5 @@ def metadata_json(document: Document) -> str:
         if not all(isinstance(key, str) for key in document.metadata):
             raise TypeError("keys must be text")
         return json.dumps(document.metadata, allow_nan=False)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f"document {document.id!r}: its metadata is not JSON ({e})") from None

@@ -136,10 +136,10 @@ def _decoded(path: Path, declared: Callable[[bytes], str | None] = lambda raw: N
         except UnicodeDecodeError:
             encoding = declared(raw) or encoding
             text = raw.decode(encoding)
-    except LookupError as e:
-        raise UserError(f"it names the encoding {encoding!r}, which does not exist") from e
     except UnicodeDecodeError as e:
         raise UserError(f"not {encoding.removesuffix('-sig')} (byte {raw[e.start]:#04x} at {e.start})") from e
+    except (LookupError, ValueError) as e:  # UnicodeError: 'undefined', 'idna'; ValueError: a name with a zero byte
+        raise UserError(f"it names the encoding {encoding!r}, which no text can be read by") from e
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

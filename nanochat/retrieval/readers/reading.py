@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from nanochat.config import UserError
-from nanochat.retrieval.document import Document
+from nanochat.retrieval.document import Document, metadata_json
 
 SHOWN = 3  # bad rows an error message quotes
 
@@ -59,12 +59,16 @@ class Reading:
         self.bad += 1
         self.listing.write(json.dumps({"file": str(file), "line": line, "cause": cause}) + "\n")
         if len(self.first) < SHOWN:
-            self.first.append(f"{file}:{line}: {cause}" if line else f"{file}: {cause}")
+            words = f"{file}:{line}: {cause}" if line else f"{file}: {cause}"
+            self.first.append(words.encode(errors="backslashreplace").decode())  # a file name may be no Unicode
 
     def document(self, document: Document) -> list[Document]:
-        """[document], or [] where the same one came before. UserError: its id stands for another one, or bad text."""
+        """[document], or [] where the same one came before. UserError: its id stands for another one, or what
+        no base can hold."""
         if not document.text.strip():
             raise UserError(f"document {document.id!r} has no text")
+        checksum(document.id)
+        metadata_json(document)
         if not _is_new(self._seen, document.id, checksum(document.title, document.text), "document"):
             self.notes["documents that came twice"] += 1
             return []
@@ -262,6 +266,7 @@ def question_row(
         raise UserError("an answerable question without a gold document")
     if not answerable and answers:
         raise UserError(f"a question that is not answerable has the answer {answers[0]!r}")
-    checksum(id, question, *answers)
     row = {"id": id, "question": question.strip(), "answers": list(answers), "gold_ids": list(dict.fromkeys(gold_ids))}
-    return {**row, "answerable": answerable, **{k: v for k, v in more.items() if v}}
+    row |= {"answerable": answerable, **{k: v for k, v in more.items() if v}}
+    checksum(json.dumps(row, ensure_ascii=False))
+    return row
