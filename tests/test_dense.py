@@ -269,6 +269,10 @@ def test_a_damaged_static_encoder_is_named(tmp_path: Path) -> None:
     (tmp_path / "terms.txt").write_text("one\ntwo")
     with pytest.raises(UserError, match="differ in size"):
         StaticEncoder.load(tmp_path)
+    (tmp_path / "terms.txt").write_bytes(b"one\xff")
+    with pytest.raises(UserError, match=r"terms\.txt is damaged"):
+        StaticEncoder.load(tmp_path)
+    (tmp_path / "terms.txt").write_text("one\ntwo")
     (tmp_path / "idf.npy").write_bytes(b"nothing")
     with pytest.raises(UserError, match="damaged"):
         StaticEncoder.load(tmp_path)

@@ -378,6 +378,17 @@ def test_a_missing_or_cut_file_is_named_at_opening(tmp_path: Path) -> None:
     KnowledgeBase.open(kb.path).verify()
 
 
+def test_a_damaged_list_of_deleted_rows_is_named(tmp_path: Path) -> None:
+    kb = build(tmp_path)
+    kb.delete(["d1"])
+    [file] = (kb.path / "deleted").iterdir()
+    whole = file.read_bytes()
+    for damage in (bytes(len(whole)), whole.replace(b"(1,)", b"(0,)"), whole.replace(b"<i4", b"<f4")):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=f"{file} is damaged"):
+            KnowledgeBase.open(kb.path)
+
+
 def test_a_flipped_bit_is_found_by_verify(tmp_path: Path) -> None:
     kb = build(tmp_path, retriever=RETRIEVER)
     kb.delete(["d1"])

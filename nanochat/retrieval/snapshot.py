@@ -268,7 +268,14 @@ def _deleted_rows(path: Path, entry: dict[str, Any]) -> np.ndarray:
     """Rising rows, int32."""
     if not entry["deleted"]:
         return np.zeros(0, np.int32)
-    return np.load(path / next(iter(entry["deleted"]["file"])))
+    file = path / next(iter(entry["deleted"]["file"]))
+    try:
+        rows = np.load(file)
+        if rows.shape != (entry["deleted"]["count"],) or rows.dtype != np.int32:
+            raise ValueError(f"it holds {rows.dtype} {rows.shape}")
+    except (ValueError, EOFError, TypeError) as e:
+        raise UserError(f"{file} is damaged ({e}): restore it or build the base again") from e
+    return rows
 
 
 def _holds(rows: np.ndarray, row: int) -> bool:

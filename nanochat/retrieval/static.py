@@ -108,7 +108,10 @@ class StaticEncoder:
         about = read_json(folder / "encoder.json", "static encoder")
         if about.get("format") != FORMAT:
             raise UserError(f"{folder} has format {about.get('format')!r}, this version reads {FORMAT}: build it again")
-        text = (folder / "terms.txt").read_text(encoding="utf-8")
+        try:
+            text = (folder / "terms.txt").read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{folder / 'terms.txt'} is damaged ({e}): restore it, or build the base again") from e
         vocabulary = text.split("\n") if text else []
         try:
             idf = np.load(folder / "idf.npy", allow_pickle=False)
