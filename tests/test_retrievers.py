@@ -2,6 +2,7 @@
 
 import itertools
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nanochat.config import UserError
 from nanochat.retrieval import Document, Hit, KnowledgeBase, retriever_class
 from nanochat.retrieval.contract import NO_HIT
 from nanochat.retrieval.simple import words
@@ -193,6 +195,21 @@ def test_letters_of_any_script_are_found(kb: KnowledgeBase) -> None:
     for name in ("Zoë Ångström", "José Sánchez", "李白"):
         best = kb.search(name, k=1)[0]
         assert name in best.document.title + best.chunk.text
+
+
+@pytest.mark.parametrize("name", RETRIEVERS)
+def test_an_empty_base_finds_nothing(tmp_path: Path, name: str) -> None:
+    kb = KnowledgeBase.build([], tmp_path / "kb", name)
+    assert kb.search("house") == []
+    assert kb.retriever(name).search(["house"], 3).ids.tolist() == [[NO_HIT] * 3]
+
+
+@pytest.mark.parametrize(
+    "name", [":", ".x:Y", "foo:Bar", "json:", "json:Nothing", "json:loads", "json:JSONDecoder", "bm25:"]
+)
+def test_a_retriever_that_cannot_be_is_named(name: str) -> None:
+    with pytest.raises(UserError, match=f"retriever '{re.escape(name)}'.*choose from simple, bm25"):
+        retriever_class(name)
 
 
 def test_a_document_gives_as_many_chunks_as_asked_for(kb: KnowledgeBase) -> None:

@@ -127,14 +127,17 @@ class DenseRetriever:
     def __init__(self, base: Base, options: dict[str, Any] | None = None) -> None:
         built = read_options(DenseOptions, base.options("dense"), "dense")
         own = read_options(DenseSearchOptions, options or {}, "dense")
-        self.encoder = load_encoder(built.encoder, base.shared("dense"), built.fingerprint)
         ef, nprobe = own.ef or built.ef, own.nprobe or built.nprobe
         self.segments = [Segment(folder, ef, nprobe) for folder in base.folders("dense")]
+        # of a base that never had a document there is no encoder to load: the first ones train it
+        self.encoder = load_encoder(built.encoder, base.shared("dense"), built.fingerprint) if self.segments else None
         assert sum(s.n for s in self.segments) == base.n_chunks, "the dense index is of other chunks"
 
     def search(self, queries: Sequence[str], k: int, allowed: np.ndarray | None = None) -> Ranking:
         """A query without words has no vector and no hits."""
         ids, scores = np.full((len(queries), k), NO_HIT, np.int64), np.full((len(queries), k), -np.inf, np.float32)
+        if self.encoder is None:
+            return Ranking(ids, scores)
         vectors = self.encoder.encode(queries, "query")
         asked = np.flatnonzero(vectors.any(1))
         if len(asked):

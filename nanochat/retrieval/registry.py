@@ -28,7 +28,10 @@ INDEXES = {
 
 def retriever_class(name: str) -> Any:
     """The class of a retriever: a name in RETRIEVERS, or "package.module:Class"."""
-    return _load(name, RETRIEVERS, "retriever")
+    found = _load(name, RETRIEVERS, "retriever")
+    if not hasattr(found, "needs"):
+        raise UserError(f"retriever {name!r} has no `needs` (contract.Retriever): choose from {', '.join(RETRIEVERS)}")
+    return found
 
 
 def index_class(name: str) -> Any:
@@ -43,7 +46,16 @@ def _load(name: str, known: dict[str, str], what: str) -> Any:
             f"unknown {what} {name!r}: " + (f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(known)}")
         )
     module, _, attribute = target.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    cure = f"choose from {', '.join(known)}, or give package.module:Class"
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise UserError(f"unknown {what} {name!r}: {cure}")
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as e:
+        raise UserError(f"{what} {name!r} cannot be imported ({e}): {cure}") from e
+    if not isinstance(found, type):
+        raise UserError(f"{what} {name!r}: {module} has no class {attribute!r}: {cure}")
+    return found
 
 
 class Opened:
