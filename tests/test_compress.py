@@ -280,6 +280,9 @@ def test_cached_vectors_are_those_computed(tokenizer: Tokenizer, tmp_path: Path)
             reopened.vectors(rows), computed, atol=2e-3
         )
         torch.testing.assert_close(reopened.vectors(outside), fresh, atol=1e-3, rtol=0)
+        (cache.folder / "vectors.npy").write_bytes((cache.folder / "vectors.npy").read_bytes()[:-1])
+        with pytest.raises(UserError, match=r"is damaged .*: remove the folder"):
+            VectorCache(cache.folder.parent, reader.encoder)
         reader.encoder.mark.add_(1)
         assert len(VectorCache(cache.folder.parent, reader.encoder).keys) == 0, "another encoder, another folder"
 

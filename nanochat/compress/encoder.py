@@ -107,8 +107,11 @@ class VectorCache:
         self.encoder, self.folder = encoder, Path(folder) / encoder.fingerprint()[:16]
         self.keys, self.table = np.empty(0, np.uint64), np.empty((0, len(encoder.mark)), np.float16)
         if (self.folder / "keys.npy").is_file():
-            self.keys = np.load(self.folder / "keys.npy", mmap_mode="r")
-            self.table = np.load(self.folder / "vectors.npy", mmap_mode="r")
+            try:
+                self.keys = np.load(self.folder / "keys.npy", mmap_mode="r")
+                self.table = np.load(self.folder / "vectors.npy", mmap_mode="r")
+            except (ValueError, EOFError, OSError) as e:
+                raise UserError(f"{self.folder} is damaged ({e}): remove the folder") from e
             if self.table.shape != (len(self.keys), len(encoder.mark)):
                 raise UserError(f"{self.folder}: {len(self.keys)} keys, vectors {self.table.shape}: remove the folder")
 
