@@ -168,6 +168,13 @@ def test_completions_continue_texts_and_ids(client: httpx.Client, engine: Engine
         assert "".join(said) == choice["text"]
 
 
+def test_completions_come_n_times_and_best_of_is_n_or_absent(client: httpx.Client):
+    body = {"prompt": "a", "n": 2, "max_tokens": 3}
+    for more in ({}, {"best_of": 2}, {"best_of": None}):
+        assert len(client.post("/v1/completions", json={**body, **more}).json()["choices"]) == 2
+    assert "best_of" in refused(client.post("/v1/completions", json={**body, "best_of": 3}), 400)["message"]
+
+
 def test_embeddings_have_length_one_and_base64_says_the_same(client: httpx.Client, engine: Engine):
     body = {"input": ["the river", "the sea runs to the sky"], "model": MODEL}
     vectors = [e["embedding"] for e in client.post("/v1/embeddings", json=body).json()["data"]]
@@ -220,6 +227,8 @@ def test_models_health_metrics_and_the_page(client: httpx.Client):
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": []}}, "tools": [{"function": WEATHER}]}, "tool_choice"),
+        ({"tool_choice": {"function": {"name": {}}}, "tools": [{"function": WEATHER}]}, "tool_choice"),
         ({"retrieval": True}, "knowledge base"),
         ({"messages": [{"role": "\ud800", "content": "x"}]}, "role"),
     ],
@@ -300,7 +309,8 @@ def test_answers_from_documents_carry_sources(rag: httpx.Client):
     assert "sources" not in chat(rag, messages=question, retrieval=False).json()
     one = chat(rag, messages=[{"role": "system", "content": "Be brief."}, *question], retrieval={"top_k": 1}).json()
     assert len(one["sources"]) == 1
-    refused(chat(rag, retrieval={"retriever": "os:system"}), 400)
+    for wrong in ("os:system", ["bm25"], {"bm25": 1}):
+        assert "retrieval.retriever" in refused(chat(rag, retrieval={"retriever": wrong}), 400)["message"]
     refused(chat(rag, retrieval={"top_k": "many"}), 400)
 
 

@@ -135,7 +135,7 @@ class ChatBody(SamplingBody):
             return []
         named = choice.get("function") if isinstance(choice, dict) else None
         name = named.get("name") if isinstance(named, dict) else None
-        if functions is None or (choice != "required" and name not in functions.by_name):
+        if functions is None or (choice != "required" and name not in tuple(functions.by_name)):
             raise UserError(f"tool_choice {str(choice)[:100]!r}: expected none, auto, required or one of the tools")
         if name == "search":
             return [tokenizer.encode_special("<|search_start|>")]
@@ -152,8 +152,8 @@ class CompletionBody(SamplingBody):
 
     def unsupported(self) -> None:
         super().unsupported()
-        if self.suffix or (self.best_of or 1) != (self.n or 1) or self.echo:
-            raise UserError("suffix, best_of and echo are not supported: leave them out")
+        if self.suffix or self.echo or self.best_of not in (None, self.n or 1):
+            raise UserError("suffix, echo and best_of other than n are not supported: leave them out")
 
     def prompts(self, tokenizer: Any) -> list[list[int]]:
         return token_rows(self.prompt, tokenizer)

@@ -101,7 +101,7 @@ class Service:
         k, retriever = options.get("top_k", self.settings.documents), options.get("retriever", self.settings.retriever)
         if type(k) is not int or not 1 <= k <= MAX_HITS:
             raise UserError(f"retrieval.top_k: expected 1 to {MAX_HITS}")
-        if retriever is not None and retriever != self.settings.retriever and retriever not in RETRIEVERS:
+        if retriever not in (None, self.settings.retriever, *RETRIEVERS):  # a list or object has no hash
             raise UserError(f"retrieval.retriever: choose from {', '.join(RETRIEVERS)}")
         with self.refreshing:
             self.kb.refresh()
