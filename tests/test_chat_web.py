@@ -175,6 +175,17 @@ def test_completions_come_n_times_and_best_of_is_n_or_absent(client: httpx.Clien
     assert "best_of" in refused(client.post("/v1/completions", json={**body, "best_of": 3}), 400)["message"]
 
 
+def test_as_many_prompts_as_rows_and_queue_hold_are_answered_and_more_can_never_be(client: httpx.Client):
+    assert comes_true(lambda: running(client) == 0)
+    for n, most in ((1, 12), (4, 6)):  # of 8 rows and a queue of 4
+        body = {"prompt": ["a"] * most, "n": n, "max_tokens": 2}
+        answer = client.post("/v1/completions", json=body)
+        assert answer.status_code == 200 and len(answer.json()["choices"]) == n * most
+        assert comes_true(lambda: running(client) == 0)
+        error = refused(client.post("/v1/completions", json={**body, "prompt": ["a"] * (most + 1)}), 400)
+        assert f"{most + 1} prompts" in error["message"] and f"1 to {most} " in error["message"]
+
+
 def test_embeddings_have_length_one_and_base64_says_the_same(client: httpx.Client, engine: Engine):
     body = {"input": ["the river", "the sea runs to the sky"], "model": MODEL}
     vectors = [e["embedding"] for e in client.post("/v1/embeddings", json=body).json()["data"]]

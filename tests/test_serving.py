@@ -164,13 +164,13 @@ def test_cancelled_requests_leave_no_row_and_others_unmoved(engine: Engine):
 
 def test_a_full_queue_is_busy_and_a_late_request_fails(engine: Engine):
     scheduler = Scheduler(engine, Limits(max_rows=1, max_queue=2))
-    asked = [Heard([1, 2, 3], seconds=-1.0 if i == 1 else 60.0) for i in range(3)]
-    for heard in asked[:2]:
+    asked = [Heard([1, 2, 3], seconds=-1.0 if i == 1 else 60.0) for i in range(4)]
+    for heard in asked[:3]:  # one to begin, two to wait
         scheduler.submit(heard.request)
-    with pytest.raises(Busy, match="2 requests wait"):
-        scheduler.submit(asked[2].request)
+    with pytest.raises(Busy, match="3 requests wait"):
+        scheduler.submit(asked[3].request)
     run(scheduler)
-    assert asked[0].ends and not asked[0].failed
+    assert asked[0].ends and asked[2].ends and not asked[0].failed
     assert [f.kind for f in asked[1].failed] == ["timeout"] and not asked[1].ends
     assert idle(scheduler)
 

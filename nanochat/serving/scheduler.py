@@ -45,6 +45,10 @@ class Limits:
         if min(self.max_rows, self.prefill_tokens) < 1 or min(self.max_queue, self.cache_bytes) < 0:
             raise UserError(f"{self}: rows and prefill tokens must be at least 1, the others at least 0")
 
+    def most(self, n: int) -> int:
+        """Prompts answered n times each that an idle server takes at once."""
+        return max(1, self.max_queue + self.max_rows // n)
+
 
 def deliver_here(events: Sequence[Delivery]) -> None:
     for listener, event in events:
@@ -87,8 +91,8 @@ class Scheduler:
         with self.changed:
             if self.stopping or self.error is not None:
                 raise Busy("the server is ending")
-            idle = self.counts.rows + request.n <= self.limits.max_rows
-            if len(self.waiting) >= max(self.limits.max_queue, int(idle)):
+            free = (self.limits.max_rows - self.counts.rows) // request.n  # so many begin with the next round
+            if len(self.waiting) >= self.limits.max_queue + free:
                 raise Busy(f"{len(self.waiting)} requests wait already")
             self.waiting.append(request)
             self.changed.notify()

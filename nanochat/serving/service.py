@@ -132,8 +132,9 @@ class Service:
         self.check_model(body.model)
         body.unsupported()
         rows = body.prompts(self.tokenizer)
-        if not 1 <= len(rows) <= self.settings.max_inputs:
-            raise UserError(f"{len(rows)} prompts: expected 1 to {self.settings.max_inputs}")
+        most = min(self.settings.max_inputs, exchange.scheduler.limits.most(body.n or 1))
+        if not 1 <= len(rows) <= most:
+            raise UserError(f"{len(rows)} prompts, each answered {body.n or 1} times: expected 1 to {most} prompts")
         n = self.n_tokens(body.max_tokens)
         return [self.request(body, ids, n, exchange.listener(i), body.logprobs) for i, ids in enumerate(rows)]
 
