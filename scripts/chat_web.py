@@ -21,11 +21,12 @@ from nanochat.common import base_dir, run_script
 from nanochat.config import UserError, load_config
 from nanochat.device import describe_device, pick_device, pick_dtype
 from nanochat.engine import Engine, calculator, python
-from nanochat.rag import MAX_DOC_LENGTH, open_base
+from nanochat.rag import MAX_DOC_LENGTH, MIN_DOC_LENGTH, open_base
 from nanochat.retrieval import KnowledgeBase
 from nanochat.serving.app import make_app
+from nanochat.serving.request import Sampling
 from nanochat.serving.scheduler import Limits, Scheduler
-from nanochat.serving.service import Service, Settings
+from nanochat.serving.service import MAX_HITS, Service, Settings
 from nanochat.tools import Tool, search
 from nanochat.web import address, is_loopback, listen, own_names, run
 
@@ -70,12 +71,19 @@ class WebConfig:
     dtype: Annotated[str, "-d: auto, float32 or bfloat16"] = "auto"
 
     def __post_init__(self) -> None:
-        least = ("default_tokens", "max_body_bytes", "documents", "request_seconds", "body_seconds", "drain_seconds")
-        small = [name for name in least if getattr(self, name) < 1]
-        if small or not 0 <= self.port < 2**16:
-            raise ValueError(f"{small[0]} must be at least 1" if small else f"port={self.port}: expected 0 to 65535")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens={self.max_tokens}: expected at least 1")
+        least = {
+            "default_tokens": 1, "max_tokens": 1, "max_context": 1, "max_body_bytes": 1, "request_seconds": 1,
+            "body_seconds": 1, "drain_seconds": 1, "documents": 1, "max_doc_length": MIN_DOC_LENGTH,
+        }  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not value >= low:  # so that nan is refused, too
+                raise ValueError(f"{name}={value}: expected at least {low}")
+        if self.documents > MAX_HITS:
+            raise ValueError(f"documents={self.documents}: expected 1 to {MAX_HITS}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port={self.port}: expected 0 to 65535")
+        Sampling(self.temperature, self.top_k)  # says what is wrong with them
         if self.retriever_type is not None and self.knowledge_base is None:
             raise ValueError("retriever_type is about documents: add --knowledge_base=DIR")
 
@@ -105,8 +113,16 @@ def load_schedulers(cfg: WebConfig, kb: KnowledgeBase | None) -> tuple[list[Sche
         size = model.n_params()["total"] / 1e6
         print(f"{name}: step {meta.get('step')}, {size:.1f}M parameters; {describe_device(device, dtype)}", flush=True)
         engine = Engine(model, tokenizer, tools(cfg, tokenizer, kb), cfg.max_context)
+        check_context(engine)
         schedulers.append(Scheduler(engine, limits))
     return schedulers, name
+
+
+def check_context(engine: Engine) -> None:
+    """UserError where not even the shortest message and one id of an answer fit."""
+    least = len(engine.tokenizer.render_for_completion({"messages": [{"role": "user", "content": "a"}]})) + 1
+    if engine.max_context < least:
+        raise UserError(f"max_context={engine.max_context} holds no chat: expected at least {least}, or leave it out")
 
 
 def tools(cfg: WebConfig, tokenizer: Any, kb: KnowledgeBase | None) -> list[Tool]:

@@ -24,7 +24,7 @@ from nanochat.config import UserError
 from nanochat.engine import Engine
 from nanochat.retrieval import Document, KnowledgeBase
 from nanochat.serving.reply import reply_text
-from scripts.chat_web import WebConfig
+from scripts import chat_web
 
 DOCUMENTS = [
     Document("ada", "Ada Lovelace wrote the first program.", "Ada"),
@@ -376,7 +376,27 @@ def test_the_official_client_talks_streams_embeds_and_reads_errors(client: httpx
         talk.chat.completions.create(**{**options, "temperature": -1})
 
 
-@pytest.mark.parametrize("options", [{"port": 70000}, {"default_tokens": 0}, {"retriever_type": "bm25"}])
-def test_mistakes_at_the_start_are_told(options: dict[str, Any]):
-    with pytest.raises((UserError, ValueError)):
-        WebConfig(**options)
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--port=70000", "port=70000: expected 0 to 65535"),
+        ("--default_tokens=0", "default_tokens=0: expected at least 1"),
+        ("--retriever_type=bm25", "add --knowledge_base"),
+        ("--temperature=nan", "temperature=nan: expected 0 to 100"),
+        ("--temperature=-1", "temperature=-1.0: expected 0 to 100"),
+        ("--top_k=-5", "top_k=-5: expected how many ids"),
+        ("--max_context=-5", "max_context=-5: expected at least 1"),
+        ("--max_context=0", "max_context=0: expected at least 1"),
+        ("--max_context=4", "max_context=4 holds no chat: expected at least 6"),
+        ("--request_seconds=nan", "request_seconds=nan: expected at least 1"),
+        ("--documents=100", "documents=100: expected 1 to 50"),
+        ("--max_doc_length=5", "max_doc_length=5: expected at least 16"),
+    ],
+)
+def test_mistakes_are_told_before_the_server_listens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, flag: str, said: str
+):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(folder))
+    monkeypatch.setattr(chat_web, "listen", lambda *_: pytest.fail("it listens"))
+    with pytest.raises(UserError, match=said):
+        chat_web.main([*FLAGS, flag])
