@@ -251,6 +251,7 @@ def test_documents_that_do_not_fit_are_told(home, notes, capsys):
         (["--retriever_type=bm25"], "add --knowledge_base"),
         (["--knowledge_base=KB", "-t", "0.5"], "not sampled: leave temperature"),
         (["--knowledge_base=KB", "--top_k=0"], "top_k=0"),
+        (["--knowledge_base=KB", "-i", "sft", "--max_doc_length=0"], "max_doc_length=0: expected at least 16"),
         (["--knowledge_base=KB", "-i", "base"], "-i base goes on from a text"),
         (["--knowledge_base=KB"], r"no rag checkpoint.*base, sft \(-i sft\)"),
         (["--knowledge_base=KB", "-i", "sft", "--retriever_type=dense"], "needs the index 'dense'"),
