@@ -325,6 +325,32 @@ def test_answers_from_documents_carry_sources(rag: httpx.Client):
     refused(chat(rag, retrieval={"top_k": "many"}), 400)
 
 
+def test_with_documents_long_answers_are_clipped_and_long_questions_have_the_code(rag: httpx.Client):
+    for system in ([], [{"role": "system", "content": "Be brief."}]):
+        question = [*system, {"role": "user", "content": "who wrote the first program"}]
+        answer = chat(rag, messages=question, max_tokens=100_000, stop=["e", "a", " "]).json()
+        assert answer["sources"][0]["id"] == "ada"
+        question = [*system, {"role": "user", "content": "x " * 1500}]
+        assert chat(rag, messages=question, max_tokens=4000, stop=["e", "a", " "]).status_code == 200
+        question[-1] = {"role": "user", "content": "x " * 5000}
+        error = refused(chat(rag, messages=question), 400)
+        assert error["code"] == "context_length_exceeded" and "max_new_tokens" not in error["message"]
+
+
+def test_a_knowledge_base_that_is_gone_is_the_servers_fault(rag: httpx.Client, folder: Path):
+    assert "needs the index" in refused(chat(rag, retrieval={"retriever": "dense"}), 400)["message"]
+    manifest = folder / "kb" / "manifest.json"
+    whole = manifest.read_bytes()
+    for damaged in (b"{", None):
+        manifest.write_bytes(damaged) if damaged else manifest.unlink()
+        error = refused(chat(rag), 503)
+        assert (error["type"], error["code"]) == ("server_error", "knowledge_base") and "\n" not in error["message"]
+        assert refused(chat(rag, retrieval={"retriever": "simple"}), 503)["code"] == "knowledge_base"
+        assert chat(rag, retrieval=False).status_code == 200
+    manifest.write_bytes(whole)
+    assert chat(rag).status_code == 200
+
+
 def test_the_key_is_asked_for_where_there_is_one(rag: httpx.Client):
     with httpx.Client(base_url=rag.base_url, timeout=30) as other:
         assert refused(chat(other), 401)["code"] == "invalid_api_key"

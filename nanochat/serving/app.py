@@ -3,7 +3,8 @@
 /chat/completions and /stats are those of nanochat's own first server, for its clients.
 
 Every error is {"error": {"message", "type", "param", "code"}}: 400 for what cannot work, 401 without the key, 404, 413
-for too large a body, 429 with Retry-After where the queue is full, 503 where an answer took too long, 500.
+for too large a body, 429 with Retry-After where the queue is full, 503 where an answer took too long or
+the knowledge base cannot be searched, 500.
 """
 
 import asyncio

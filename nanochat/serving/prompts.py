@@ -120,13 +120,17 @@ def question_of(turns: Sequence[dict[str, Any]]) -> str:
 def sourced_prompt(
     tokenizer: Any, turns: list[dict[str, Any]], hits: Sequence[Hit], budget: int, max_doc_length: int
 ) -> Prompt:
-    """The prompt with documents for its question, as nanochat/rag.py lays it out: at most `budget` ids."""
+    """The prompt with documents for its question, as nanochat/rag.py lays it out: at most `budget` ids, or those of the
+    question alone, with the system text, where they are more."""
     question = question_of(turns)
     system = turns[0]["content"] if turns[0]["role"] == "system" else ""
+    alone = chat_prompt(tokenizer, [*turns[: bool(system)], turns[-1]]).ids
+    budget = max(budget, len(alone))
     shown = rag.shortened(tokenizer, hits, max_doc_length)
     n = rag.n_fitting(tokenizer, question, shown, budget, system)
     if system:
-        last = {"role": "user", "content": rag.around(turns[-1]["content"], shown[:n])}
+        asked = turns[-1]["content"]
+        last = {"role": "user", "content": rag.around(asked, shown[:n]) if n else asked}
         ids = tokenizer.render_for_completion({"messages": [*turns[:-1], last]}, max_tokens=budget)
     else:
         ids = rag.prompt_ids(tokenizer, question, shown[:n], budget, turns[:-1])

@@ -1,7 +1,8 @@
 """What the routes share: the schedulers, the knowledge base, the encoder, and how a body becomes requests."""
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from nanochat.config import UserError
 from nanochat.model_encoder import ModelEncoder, by_length
 from nanochat.retrieval import RETRIEVERS
 from nanochat.retrieval.document import Hit
+from nanochat.retrieval.manifest import MissingFile
 from nanochat.serving import openai_api as api
 from nanochat.serving import prompts
 from nanochat.serving.exchange import Exchange, Refusal, unknown
@@ -90,10 +92,8 @@ class Service:
         options = body.retrieval if isinstance(body.retrieval, dict) else {}
         if options.get("enabled") is False:
             return None
-        if n_tokens >= self.context:
-            raise UserError(f"max_tokens={n_tokens} leaves no room for a question in {self.context} tokens: lower it")
         hits = self.search(prompts.question_of(turns), options)
-        budget = self.context - n_tokens
+        budget = self.context - min(n_tokens, self.context // 2)  # a long answer is clipped before its documents are
         return prompts.sourced_prompt(self.tokenizer, turns, hits, budget, self.settings.max_doc_length)
 
     def search(self, question: str, options: dict[str, Any]) -> list[Hit]:
@@ -103,9 +103,19 @@ class Service:
             raise UserError(f"retrieval.top_k: expected 1 to {MAX_HITS}")
         if retriever not in (None, self.settings.retriever, *RETRIEVERS):  # a list or object has no hash
             raise UserError(f"retrieval.retriever: choose from {', '.join(RETRIEVERS)}")
-        with self.refreshing:
+        own = retriever in (None, self.settings.retriever)
+        with self.base_at_fault(UserError), self.refreshing:
             self.kb.refresh()
-        return self.kb.search(question, k=k, retriever=retriever)
+        with self.base_at_fault(UserError if own else MissingFile):  # another may need an index that the base has not
+            return self.kb.search(question, k=k, retriever=retriever)
+
+    @contextlib.contextmanager
+    def base_at_fault(self, error: type[Exception]) -> Iterator[None]:
+        """What goes wrong with the knowledge base itself is no mistake of the client's."""
+        try:
+            yield
+        except (error, OSError) as e:
+            raise Refusal(503, f"the knowledge base cannot be searched: {e}", "knowledge_base") from e
 
     def n_tokens(self, asked: int | None) -> int:
         limit = self.settings.max_tokens or self.context
