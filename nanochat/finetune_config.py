@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from nanochat.blocks import GPTConfig, resolve_pattern
 from nanochat.config import UserError
-from nanochat.optim import RATES, check_schedule
+from nanochat.optim import RATES, check_training
 
 SCRIPTS = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft"}
 INHERITED = (*RATES, "weight_decay", "grad_clip", "device_batch_size", "total_batch_size", "max_seq_len")
@@ -122,11 +122,13 @@ class FinetuneConfig(Architecture):
     seed: Annotated[int, "of the order of the conversations"] = 42
 
     def __post_init__(self) -> None:
-        if self.num_iterations <= 0 and self.num_epochs <= 0:
+        if self.num_iterations <= 0 and not self.num_epochs > 0:
             raise ValueError("nothing says how long to train: set --num_iterations or --num_epochs > 0")
         if self.init_lr_frac <= 0:
             raise ValueError(f"init_lr_frac={self.init_lr_frac}: expected more than 0, 1 = the rates as they are")
-        check_schedule(self.warmup_ratio, self.warmdown_ratio)
+        check_training(self)
+        if self.target_examples_per_step is not None and self.target_examples_per_step < 1:
+            raise ValueError(f"target_examples_per_step={self.target_examples_per_step}: expected 1 or more")
         if self.total_batch_size is not None and self.target_examples_per_step is not None:
             raise ValueError("total_batch_size and target_examples_per_step both say how large a step is: give one")
 

@@ -26,6 +26,11 @@ from nanochat.device import Ranks, all_reduce_sum, is_sharded, local, rows_of
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al., chosen for slope at zero; singular values land in 0.7..1.2
 NS_STEPS = 4  # LOG 2026-11-21: 5 costs 2 % more time for the same loss
 RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "ssm_lr")  # keys of a configuration: <role>_lr
+LEAST: dict[str, float] = {  # of keys that stages of training share
+    **dict.fromkeys(RATES, 0), "policy_lr": 0, "init_lr_frac": 0, "final_lr_frac": 0, "encoder_lr_frac": 0,
+    "rl_lr_frac": 0, "weight_decay": 0, "grad_clip": 0, "rl_grad_clip": 0, "keep_last": 1, "log_every": 1, "seed": 0,
+}  # fmt: skip
+SHARES = ("absent_share", "retrieved_share", "gold_share", "chat_share", "unanswerable_share")
 
 
 def orthogonalize(g: Tensor, dtype: torch.dtype) -> Tensor:
@@ -325,8 +330,18 @@ def lr_schedule(progress: float, warmup: float, warmdown: float, final: float) -
     return 1.0
 
 
-def check_schedule(warmup: float, warmdown: float) -> None:
-    """ValueError for shares of a run that do not fit into it."""
+def check_training(cfg: Any) -> None:
+    """ValueError for keys that stages of training share, where cfg has them: rates, shares, what a loop needs."""
+    given = {key: value for key, value in vars(cfg).items() if value is not None}
+    for key, least in LEAST.items():
+        if key in given and not given[key] >= least:
+            raise ValueError(f"{key}={given[key]}: expected {least} or more")
+    for key in SHARES:
+        if key in given and not 0 <= given[key] <= 1:
+            raise ValueError(f"{key}={given[key]}: expected a share, 0 to 1")
+    if given["seed"] >= 2**32:
+        raise ValueError(f"seed={given['seed']}: expected less than 2**32 = {2**32}")
+    warmup, warmdown = given.get("warmup_ratio", 0), given.get("warmdown_ratio", 0)
     if warmup + warmdown > 1 or min(warmup, warmdown) < 0:
         raise ValueError(f"warmup_ratio={warmup} + warmdown_ratio={warmdown} must lie in 0..1")
 

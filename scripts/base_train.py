@@ -26,7 +26,7 @@ from nanochat.device import Ranks, gathered, lost_ranks, shard_model
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.optim import MuonAdamW, check_schedule
+from nanochat.optim import MuonAdamW, check_training
 from nanochat.report import log_stage, plot_metrics
 from nanochat.run import Run
 from nanochat.tokenizer import Tokenizer
@@ -128,7 +128,12 @@ class BaseTrainConfig:
             raise ValueError(
                 "nothing says how long to train: set --num_iterations, --target_flops or --target_param_data_ratio > 0"
             )
-        check_schedule(self.warmup_ratio, self.warmdown_ratio)
+        if min(self.d_model, self.n_head) < 0 or min(self.head_dim, self.aspect_ratio) < 1:
+            raise ValueError(
+                f"d_model={self.d_model}, n_head={self.n_head}, head_dim={self.head_dim}, aspect_ratio="
+                f"{self.aspect_ratio}: the first two must be at least 0, the last two at least 1"
+            )
+        check_training(self)
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model this configuration describes, for a vocabulary of this size."""

@@ -17,6 +17,7 @@ from nanochat.device import init_ranks, pick_device
 from nanochat.engine import Engine
 from nanochat.finetune_config import inherit
 from nanochat.gpt import GPT
+from nanochat.optim import check_training
 from nanochat.report import log_stage
 from nanochat.rl import Actor, Batch, Order, collect, evaluate, mix_seed, task_judge
 from nanochat.rl_health import Health
@@ -74,11 +75,12 @@ class ChatRLConfig(RLKeys):
 
     def __post_init__(self) -> None:
         self.check_rl()
+        check_training(self)
         if self.device_batch_size < 1 or self.eval_examples < 1:
             raise ValueError(
                 f"device_batch_size={self.device_batch_size}, eval_examples={self.eval_examples}: give 1 or more"
             )
-        if self.num_iterations <= 0 and self.num_epochs <= 0:
+        if self.num_iterations <= 0 and not self.num_epochs > 0:
             raise ValueError("nothing says how long to train: set --num_iterations or --num_epochs > 0")
 
     def iterations(self, n_examples: int) -> int:

@@ -137,6 +137,8 @@ class MultihopConfig(FinetuneConfig, RLKeys):
             raise ValueError(
                 "reinforcement starts from a saved cold start: --use_rewards=False for a run that saves none"
             )
+        if self.use_rewards and self.max_iterations < 1:
+            raise ValueError(f"max_iterations={self.max_iterations}: give 1 or more, or --use_rewards=False")
         parse_levels(self.curriculum, self.max_hops, self.top_k_per_hop)
 
     @property

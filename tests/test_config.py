@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.common import REPO_DIR, run_script
+from nanochat.compress.train import CompressConfig
 from nanochat.config import STAGE_KEYS, UserError, load_config
 
 
@@ -338,3 +339,21 @@ def test_a_reader_that_has_gone_is_no_traceback():
     process.stdout.close()
     said = process.stderr.read()
     assert (process.wait(60), said) == (1, b"error: nobody reads the output any more\n")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_number_that_cannot_train_is_refused_by_every_stage_before_any_work(name: str):
+    config = only_config(importlib.import_module(f"scripts.{name}"))
+    known = {f.name for f in fields(config)}
+    wrong = {"keep_last": 0, "log_every": 0, "seed": -1, "matrix_lr": -1, "grad_clip": -1, "weight_decay": -1}
+    wrong |= {"rl_lr_frac": -1, "rl_grad_clip": -1, "num_epochs": "nan", "target_examples_per_step": 0}
+    wrong |= {"max_iterations": 0, "chat_share": 1.5}
+    for key in wrong.keys() & known:
+        assert key in refused([f"--{key}={wrong[key]}"], config)
+    off = [f"--{key}=0" for key in ("grad_clip", "weight_decay", "matrix_lr") if key in known]
+    assert load_config(config, off)
+
+
+def test_compression_refuses_numbers_that_cannot_train():
+    for flag in ("--reconstruction_chunks=0", "--largest_chunks=0", "--gold_share=2", "--policy_lr=-1"):
+        assert flag[2:] in refused([flag], CompressConfig)

@@ -316,6 +316,12 @@ def rows_so_far(path: Path) -> set[int]:
         (["--warmup_ratio=0.9", "--warmdown_ratio=0.9"], "must lie in 0..1"),
         (["--n_head=3"], "d_model=32 is no multiple of n_head=3"),
         (["--kernels=quick"], "expected auto|fast|reference"),
+        (["--head_dim=0"], "head_dim=0"),
+        (["--d_model=-8"], "d_model=-8"),
+        (["--window=-1"], "window=-1"),
+        (["--rope_base=0"], "rope_base=0"),
+        (["--softcap=-1"], "softcap=-1"),
+        (["--n_kv_head=-1"], "n_kv_head=-1"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_any_work(text: Path, arguments: list[str], message: str) -> None:

@@ -54,6 +54,16 @@ class GPTConfig:
             raise UserError(
                 f"n_layer={self.n_layer}, vocab_size={self.vocab_size}, seq_len={self.seq_len}: all must be > 0"
             )
+        if min(self.d_model, self.n_head, self.mlp_ratio) < 1 or self.n_kv_head < 0:
+            raise UserError(
+                f"d_model={self.d_model}, n_head={self.n_head}, mlp_ratio={self.mlp_ratio}, n_kv_head="
+                f"{self.n_kv_head}: the first three must be at least 1, the last at least 0"
+            )
+        if self.window < 0 or self.softcap < 0 or self.rope_base <= 0:
+            raise UserError(
+                f"window={self.window}, softcap={self.softcap}, rope_base={self.rope_base}: expected the first two to "
+                f"be 0 or more, the last more than 0"
+            )
         if self.d_model % self.n_head:
             raise UserError(f"d_model={self.d_model} is no multiple of n_head={self.n_head}: change one of them")
         if self.head_dim % 2:

@@ -16,13 +16,15 @@ from nanochat.config import UserError
 SHORT_NAMES = {"T": "attn", "transformer": "attn", "attention": "attn", "M": "mamba", "M2": "mamba2", "G": "gdn"}
 NEMOTRON = {"M": "mamba2", "*": "attn", "G": "gdn", "-": "mlp"}
 _LETTERS = re.compile(r"(?:M2|[TMG])+")
-_REPEATED = re.compile(r"(?:(\d+)\*)?([^*]+)")
+_REPEATED = re.compile(r"(?:([1-9]\d{0,3})\*)?([^*]+)")
 
 Entry = str | dict
 
 
 def resolve_pattern(pattern: list | str | None, n_layer: int) -> list[Entry]:
     """The entry of each of n_layer layers, names in full. The pattern's length must divide n_layer; None = attn."""
+    if pattern == []:
+        raise UserError("block_pattern=[] names no block: write names, as attn,mamba, or none for attn alone")
     entries = [_full(e) for e in (_split(pattern) if isinstance(pattern, str) else pattern or ["attn"])]
     if n_layer % len(entries):
         raise UserError(
@@ -59,7 +61,7 @@ def _split(text: str) -> list[Entry]:
     entries: list[Entry] = []
     for part in re.split(r"[,+]", text):
         match = _REPEATED.fullmatch(part.strip())
-        if match is None or match[1] == "0":
+        if match is None:
             raise UserError(f"block_pattern {text!r}: cannot read {part!r}: write a name, or 3*name")
         entries += [match[2].strip()] * int(match[1] or 1)
     return entries

@@ -25,7 +25,7 @@ from nanochat.config import UserError, changed_keys
 from nanochat.device import single_device
 from nanochat.finetune_config import inherit
 from nanochat.gpt import GPT
-from nanochat.optim import MuonAdamW, role_rates
+from nanochat.optim import MuonAdamW, check_training, role_rates
 from nanochat.plots import plot_metrics
 from nanochat.report import log_stage
 from nanochat.rl import mix_seed
@@ -106,6 +106,12 @@ class CompressConfig:
     seed: Annotated[int, "of samples, contexts and choices"] = 45
 
     def __post_init__(self) -> None:
+        check_training(self)
+        if min(self.reconstruction_chunks, self.largest_chunks, self.device_batch_size) < 1:
+            raise ValueError(
+                f"reconstruction_chunks={self.reconstruction_chunks}, largest_chunks={self.largest_chunks}, "
+                f"device_batch_size={self.device_batch_size}: give 1 or more"
+            )
         if self.chunk_tokens < 2 or min(self.top_k, self.questions_per_step, self.policy_questions) < 1:
             raise ValueError(
                 f"chunk_tokens={self.chunk_tokens}, top_k={self.top_k}, questions_per_step={self.questions_per_step}, "
