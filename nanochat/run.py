@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from nanochat import device as devices
@@ -23,6 +24,7 @@ from nanochat.checkpoint import Checkpoint, checkpoint_dir, list_steps, load_che
 from nanochat.common import atomic_write
 from nanochat.config import UserError
 from nanochat.device import Ranks
+from nanochat.stepfolder import claim
 
 
 @dataclass
@@ -36,6 +38,7 @@ class Run:
     ranks: Ranks
     dir: Path
     tracker: Any = None
+    claimed: Any = None  # the open file that keeps other runs out of dir, on rank 0
 
     @classmethod
     def start(cls, source: str, model_tag: str, cfg: Any) -> "Run":
@@ -84,6 +87,16 @@ class Run:
         with atomic_write(self.metrics_path, "w") as f:
             f.writelines(kept)
 
+    def claim(self, other: str) -> None:
+        """Keep other runs out of this one's folder until it ends; UserError, on every rank, where one trains there."""
+        if self.ranks.main:
+            self.claimed = claim(self.dir)
+        free = [self.claimed is not None]
+        if self.ranks.world_size > 1:
+            dist.broadcast_object_list(free, src=0)
+        if not free[0]:
+            raise UserError(f"another run trains in {self.dir} now: wait until it has ended, or choose another {other}")
+
     def newest(self, any_ranks: bool = False) -> Checkpoint | None:
         """The newest whole checkpoint of this run on this rank, or None. any_ranks: also of another number of ranks."""
         if not list_steps(self.dir):
@@ -95,6 +108,8 @@ class Run:
         """End the tracker's run and leave the other ranks."""
         if self.tracker is not None:
             self.tracker.finish()
+        if self.claimed is not None:
+            self.claimed.close()
         devices.leave_ranks()
 
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nanochat.common import fsync_dir, read_json, sha256_file
 from nanochat.config import UserError
@@ -47,10 +47,31 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             fcntl.flock(f, fcntl.LOCK_EX)
         except OSError as e:
-            if e.errno not in NO_LOCKS:
-                raise
-            print(f"note: {directory} is on a disk without file locks: let only one run save there", file=sys.stderr)
+            _no_locks(e, directory)
         yield
+
+
+def claim(directory: Path) -> IO[str] | None:
+    """The folder for this process alone while the file it returns is open; None where another process has it.
+
+    A record lock: a killed process leaves none behind, also where its children live on.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / ".training", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            return None
+        _no_locks(e, directory)
+    return file
+
+
+def _no_locks(e: OSError, directory: Path) -> None:
+    if e.errno not in NO_LOCKS:
+        raise e
+    print(f"note: {directory} is on a disk without file locks: let only one run save there", file=sys.stderr)
 
 
 def clear_leftovers(directory: Path) -> None:

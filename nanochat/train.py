@@ -259,11 +259,14 @@ class Loop:
 
     def _newest(self, resume: bool, any_ranks: bool = False) -> Checkpoint | None:
         """The checkpoint to go on from, None for a new run; UserError where there is one and nobody asked to go on."""
+        other = "--out_tag" if "out_tag" in self.meta.get("train_config", {}) else "--model_tag"
+        self.run.claim(other)
         newest = self.run.newest(any_ranks)
         if newest is None:
+            if resume:
+                self.run.print(f"--resume: no checkpoint in {self.run.dir}, so this run starts anew")
             self.run.forget_after(-1)
         elif not resume:
-            other = "--out_tag" if "out_tag" in self.meta.get("train_config", {}) else "--model_tag"
             raise UserError(
                 f"{self.run.dir} holds a run at step {newest.step}: add --resume to go on with it, "
                 f"or choose another {other}, or remove the folder"

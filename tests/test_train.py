@@ -205,6 +205,28 @@ def test_a_run_resumes_only_with_its_own_model_and_tokenizer(text: Path) -> None
     assert "--model_tag" in str(e.value)
 
 
+def test_a_second_run_in_one_folder_is_refused_until_the_first_has_ended_or_was_killed(tmp_path: Path) -> None:
+    hold = "import pathlib, sys; from nanochat.stepfolder import claim; f = claim(pathlib.Path(sys.argv[1])); print(1)"
+    command = [sys.executable, "-uc", f"{hold}; sys.stdin.read()", str(tmp_path / "t")]
+    with subprocess.Popen(command, cwd=REPO_DIR, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline() == b"1\n"
+        metrics = tmp_path / "t" / "metrics.jsonl"
+        metrics.write_text('{"step": 1}\n')
+        with pytest.raises(UserError, match=r"another run trains in .*--model_tag"):
+            make_loop(tmp_path).begin(True)
+        assert metrics.read_text() == '{"step": 1}\n'
+        first.kill()
+    assert make_loop(tmp_path).begin(True) == {} and not metrics.read_text()
+    assert make_loop(tmp_path).begin(False) == {}  # one process may begin again
+
+
+def test_resume_where_there_is_no_checkpoint_says_that_the_run_starts_anew(tmp_path: Path, capsys) -> None:
+    make_loop(tmp_path).begin(False)
+    assert not capsys.readouterr().out
+    make_loop(tmp_path).begin(True)
+    assert capsys.readouterr().out == f"--resume: no checkpoint in {tmp_path / 't'}, so this run starts anew\n"
+
+
 def start(arguments: list[str], log: Path) -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "scripts.base_train", *arguments]
