@@ -24,14 +24,14 @@ import random
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import checkpoint_dir, list_steps, load_model
 from nanochat.common import atomic_write, base_dir, run_script, write_json
 from nanochat.compress.judge import CompressEvalConfig, compress_eval_main
 from nanochat.config import UserError, load_config
@@ -149,6 +149,13 @@ def load_reader(cfg: RagEvalConfig, device: torch.device, source: str, tag: str 
     model, tokenizer, meta = load_model(source, device, tag, step, dtype=cfg.dtype)
     tag = tag or meta.get("train_config", {}).get("model_tag") or f"d{model.config.n_layer}"
     return Reader(ranks, f"{source}_{tag}_{meta['step']:06d}", tag, model, tokenizer)
+
+
+def check_tags(source: str, tags: Iterable[str]) -> None:
+    """UserError for a tag without a checkpoint, before another has been measured for nothing."""
+    for tag in tags:
+        if not list_steps(checkpoint_dir(source, tag)):
+            raise UserError(f"--compare={tag}: no checkpoint in {checkpoint_dir(source, tag)}: give tags of {source}")
 
 
 def open_data(cfg: RagEvalConfig | MultihopEvalConfig) -> tuple[KnowledgeBase, list[dict[str, Any]]]:
@@ -320,6 +327,7 @@ def main(argv: list[str]) -> None:
         return
     cfg, start = load_config(RagEvalConfig, argv), time.monotonic()
     ranks, device = init_ranks(pick_device(cfg.device))
+    check_tags(cfg.source, map(str, cfg.compare or ()))
     kb, rows = open_data(cfg)
     questions = [question_from(row, f"{n}") for n, row in enumerate(rows, 1)]
     evidence = gather(questions, kb, cfg.top_k, cfg.retriever_type, max(cfg.numbers, default=0), cfg.seed)
@@ -336,6 +344,9 @@ def main(argv: list[str]) -> None:
     ours = {c: shown[c] for c, (who, _) in CONDITIONS.items() if who == "model"}
     for tag in [None, *(cfg.compare or [])]:
         reader = model if tag is None else load_reader(cfg, device, cfg.source, str(tag), None)
+        if reader.name in results.runs:
+            reader.say(": given twice, measured once")
+            continue
         asked = ours if tag is None else {c: shown[c] for c in ("rag", "oracle")}
         results.runs[reader.name] = {**runs, **run_conditions(cfg, questions, reader, asked)}
         results.sizes[reader.name] = run_sizes(cfg, evidence, reader)

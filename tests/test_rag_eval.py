@@ -320,6 +320,13 @@ def test_of_few_questions_shuffling_shows_what_another_found_without_the_gold_on
             assert shown == [hit for hit in found if hit.document.id not in row["gold_ids"]] != found
 
 
+def test_no_more_documents_are_asked_for_than_there_are(kb: KnowledgeBase) -> None:
+    asked = [question_from(row, "") for row in ROWS[:2]]
+    most = len(kb) + max(len(q.own) for q in asked)
+    every, exact = (gather(asked, kb, top_k=n) for n in (10**9, most))
+    assert every == exact and every.top_k == most
+
+
 def reads(engine, questions, hits, *_, **__) -> list[Answer]:
     """A perfect reader of one hop: the answer and its document where it is shown, else it abstains."""
     replies = []
@@ -399,8 +406,9 @@ QUICK = ["-x", "16", "--top_k=2", "--max_doc_length=48", "--max_new_tokens=4", "
 
 def test_the_script_measures_every_condition_and_reports(home: Path, kb: KnowledgeBase, capsys) -> None:
     folder = str(Path(kb.path).parent)
-    rag_eval.main(["--knowledge_base", folder, "-g", "t", "--compare=m", *QUICK])
+    rag_eval.main(["--knowledge_base", folder, "-g", "t", "--compare=m,t,m", *QUICK])
     out = capsys.readouterr().out
+    assert "rag_t_000003: given twice, measured once" in out and "rag_m_000003: given twice, measured once" in out
     assert "rag_t_000003: 20 documents are there and fit for 0 of 6 questions: left out" in out
     files = {c: home / "rag_eval" / f"{'sft' if who == 'baseline' else 'rag'}_t_000003" / f"{c}.jsonl"
              for c, (who, _) in CONDITIONS.items()}  # fmt: skip
@@ -417,6 +425,7 @@ def test_the_script_measures_every_condition_and_reports(home: Path, kb: Knowled
         and "1 attn, 1 mamba" in section["text"]
     )
     kept = json.loads((home / "rag_eval" / "rag_t_000003" / "summary.json").read_text())
+    assert list(kept["conditions"]) == list(CONDITIONS)
     trio = [kept["conditions"]["rag"][m]["value"] for m in ("accuracy", "abstention", "hallucination")]
     assert sum(trio) == pytest.approx(1)
     table = generate(home).read_text().split("## Summary")[1].splitlines()
@@ -434,6 +443,7 @@ def test_a_model_is_evaluated_without_a_baseline_and_without_sizes(home: Path, k
     ("flags", "message"),
     [
         (["--baseline_tag=x"], "trained tags of sft: t"),
+        (["--compare=nope", "--knowledge_base=nowhere"], "--compare=nope: no checkpoint in"),
         (["--rows=none.jsonl"], "none.jsonl"),
         (["--sizes=0"], "expected numbers of documents"),
         (["--top_k=0"], "give positive numbers"),
