@@ -71,11 +71,18 @@ class Evidence:
         assert len(gold) <= n, (i, n)
         chosen = {hit.document.id: hit for hit in self.near[i] if hard and may_distract(question, hit)}
         chosen = dict(list(chosen.items())[: n - len(gold)])
+        judged: dict[tuple[str, int], bool] = {}  # of many draws most are of the same passages
         for _ in range(TRIES * n):
             pool = dice.choice(self.near)
             if len(chosen) == n - len(gold):
                 break
-            if pool and may_distract(question, hit := dice.choice(pool)):
+            if not pool:
+                continue
+            hit = dice.choice(pool)
+            key = hit.document.id, hit.chunk.start
+            if key not in judged:
+                judged[key] = may_distract(question, hit)
+            if judged[key]:
                 chosen[hit.document.id] = hit
         rest = [*gold[1:], *chosen.values()]
         dice.shuffle(rest)
@@ -108,6 +115,7 @@ def gather(
 ) -> Evidence:
     """Search all questions in one batch, once for what is shown and once, deeper, for `far` distractors."""
     texts = [q.text for q in questions]
+    top_k = min(top_k, max(1, len(kb) + max((len(q.own) for q in questions), default=0)))  # all there is to show
     found = kb.search(texts, k=top_k, retriever=retriever)
     deep = top_k + max(far, top_k)
     near = kb.search(texts, k=deep, retriever=retriever)

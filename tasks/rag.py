@@ -209,7 +209,9 @@ class RAG(Task):
         check_split(self.name, split)
         if top_k < 1 or variants < 1:
             raise UserError(f"top_k={top_k}, variants={variants}: expected at least 1")
-        self.rows, self.kb, self.split, self.top_k, self.shares = rows, kb, split, top_k, shares
+        there_are = len(kb) + max((len(row.get("documents") or []) for row in rows), default=0)
+        self.top_k = min(top_k, max(1, there_are))
+        self.rows, self.kb, self.split, self.shares = rows, kb, split, shares
         self.seed, self.variants, self.tokenizer = seed, variants, tokenizer
         self.max_doc_length, self.max_tokens = max_doc_length, max_tokens
         self.passages: dict[tuple[str, int], Passage] = {}  # each once, however often it was found

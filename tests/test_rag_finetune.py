@@ -202,6 +202,12 @@ def test_a_conversation_is_a_function_of_its_number(kb: KnowledgeBase) -> None:
     assert RAG(ROWS, kb, start=5, stop=8)[1] == RAG(ROWS, kb)[6]
 
 
+def test_no_more_documents_are_asked_for_than_there_are(kb: KnowledgeBase) -> None:
+    rows = [row for row in ROWS if not row.get("documents")][:2]
+    every, exact = RAG(rows, kb, top_k=10**9), RAG(rows, kb, top_k=len(kb))
+    assert every.top_k == len(kb) and list(every) == list(exact)
+
+
 def test_retrieved_documents_come_as_they_are_ranked(kb: KnowledgeBase) -> None:
     rows = [row for row in ROWS if row["kind"] == "1hop"]
     task = RAG(rows, kb, top_k=3, shares=Shares(0, 0, 1))
