@@ -15,7 +15,7 @@ max_doc_length ids, whole sentences first.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -307,19 +307,22 @@ def answer_from(
     rows, masks = engine.generate_batch(prompts, max_tokens=max_new_tokens, temperature=temperature, traces=traces)
     logprobs = mean_logprobs(engine.model, rows, masks) if score else [None] * len(rows)
     return [
-        replace(
-            _answer(tokenizer, row, len(prompt), [*own, *_searched(tokenizer, trace)], trace, logprob),
-            n_found=len(found),
-        )
+        _answer(tokenizer, row, len(prompt), [*own, *_searched(tokenizer, trace)], trace, logprob, len(found))
         for row, prompt, own, found, trace, logprob in zip(rows, prompts, shown, hits, traces, logprobs, strict=True)
     ]
 
 
 def _answer(
-    tokenizer: Any, row: list[int], n_prompt: int, hits: list[Hit], trace: list[Call], logprob: float | None
+    tokenizer: Any,
+    row: list[int],
+    n_prompt: int,
+    hits: list[Hit],
+    trace: list[Call],
+    logprob: float | None,
+    n_found: int,
 ) -> Answer:
     text, citations, abstained, well_formed = parse(row[n_prompt:], tokenizer)
-    return Answer(text, citations, hits, abstained, trace, n_prompt, logprob, well_formed)
+    return Answer(text, citations, hits, abstained, trace, n_prompt, logprob, well_formed, n_found)
 
 
 def _searched(tokenizer: Any, trace: list[Call]) -> list[Hit]:

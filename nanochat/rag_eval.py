@@ -51,9 +51,8 @@ DECLINES = ("i dont know", "i do not know")  # how a text begins that declines t
 class Question:
     """A RAG row. gold: for each piece of evidence the ids of documents that hold it, any of which is enough.
 
-    clues: texts by which the passage of a gold document is found. outdated: answers that were right before the
-    documents were changed. own: documents in place of those of the same id. form: the relation asked for, in the world.
-    steps: what each step on the way finds.
+    outdated: answers that were right before the documents were changed. own: documents in place of those of the same
+    id. form: the relation asked for, in the world. steps: what each step on the way finds.
     """
 
     id: str
@@ -62,11 +61,15 @@ class Question:
     answerable: bool = True
     kind: str = ""
     gold: tuple[tuple[str, ...], ...] = ()
-    clues: tuple[str, ...] = ()
     outdated: tuple[str, ...] = ()
     own: tuple[Document, ...] = ()
     form: str = ""
     steps: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def clues(self) -> tuple[str, ...]:
+        """Texts by which the passage of a gold document is found."""
+        return (*self.answers, *(clue for step in self.steps for clue in step))
 
     @property
     def gold_ids(self) -> frozenset[str]:
@@ -83,7 +86,6 @@ def question_from(row: dict[str, Any], name: str) -> Question:
     groups = [hop.get("gold_ids") or [] for hop in hops] if answerable else []
     gold = groups if groups and all(groups) else [[id] for id in row.get("gold_ids", [])]
     steps = tuple((hop["answer"],) for hop in hops if hop.get("answer"))
-    clues = [*answers, *(clue for (clue,) in steps)]
     outdated = [*row.get("memory_answers", []), *row.get("stale_answers", [])] if answerable else []
     own = [
         Document(str(d.get("id", f"{id}#{n}")), d["text"], d.get("title", ""), d.get("metadata", {}))
@@ -91,7 +93,7 @@ def question_from(row: dict[str, Any], name: str) -> Question:
     ]
     kind = str(row.get("kind") or ("answerable" if answerable else "unanswerable"))
     return Question(
-        id, row["question"], answers, answerable, kind, tuple(map(tuple, gold)), tuple(clues), tuple(outdated),
+        id, row["question"], answers, answerable, kind, tuple(map(tuple, gold)), tuple(outdated),
         tuple(own), str((row.get("relations") or [""])[-1]), steps,
     )  # fmt: skip
 

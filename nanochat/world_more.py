@@ -2,13 +2,10 @@
 nine to ask for it with those of tasks/world_wording.py, where the placeholders are explained. Data only.
 """
 
-
-def _cut(text: str) -> tuple[str, ...]:
-    return tuple(text.split(" | "))
-
+from nanochat.world_text import wordings
 
 MORE_CLAUSES: dict[str, tuple[str, ...]] = {
-    relation: _cut(clauses)
+    relation: wordings(clauses)
     for relation, clauses in {
         "born_in": (
             "it was in {o} that {s} was born | {s} hails from {o} | {sp} cradle stood in {o} | {s} first saw "
@@ -158,7 +155,7 @@ MORE_CLAUSES: dict[str, tuple[str, ...]] = {
 }
 
 MORE_ASKS: dict[str, tuple[str, ...]] = {
-    relation: _cut(asks)
+    relation: wordings(asks)
     for relation, asks in {
         "born_in": (
             "What town was {s} born in? | In which town was {s} born? | In what town did {s} come into the world? "

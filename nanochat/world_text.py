@@ -32,8 +32,13 @@ class Relation:
     many: bool = False
 
 
+def wordings(text: str) -> tuple[str, ...]:
+    """ "this way | that way" -> both; "" -> none."""
+    return tuple(text.split(" | ")) if text else ()
+
+
 def _relation(name: str, subject: str, object: str, train: str, test: str, many: bool = False) -> Relation:
-    return Relation(name, subject, object, tuple(train.split(" | ")), tuple(test.split(" | ")), many)
+    return Relation(name, subject, object, wordings(train), wordings(test), many)
 
 
 _ALL = (

@@ -149,9 +149,11 @@ def hops(row: Row) -> list[list[str]]:
     return steps if steps and all(steps) else [[id] for id in row["gold_ids"]]
 
 
-def clues(row: Row) -> list[list[str]]:
-    """What has to be read to answer: of each step its answer, of the whole one of the row's."""
-    return [row["answers"], *([hop["answer"]] for hop in row.get("hops") or [] if hop.get("answer"))]
+def clues(row: Row, gold: Sequence[Passage]) -> list[list[str]]:
+    """What has to be read to answer, as far as the gold passages state it: of each step its answer, of the whole one of
+    the row's."""
+    every = [row["answers"], *([hop["answer"]] for hop in row.get("hops") or [] if hop.get("answer"))]
+    return [clue for clue in every if any(p.holds(clue) for p in gold)]
 
 
 def alike(row: Row) -> str:
@@ -292,7 +294,7 @@ class RAG(Task):
         """-> (what is shown, of it what the answer rests on, by steps; [] where it does not follow)."""
         gold = list(dict.fromkeys(self._gold(dice.pick(ids), row, own, i) for i, ids in enumerate(hops(row))))
         stated = row["answers"] if any(p.holds(row["answers"]) for p in gold) else []  # "yes" stands anywhere
-        needed = [clue for clue in clues(row) if any(p.holds(clue) for p in gold)]
+        needed = clues(row, gold)
         known = {id for ids in hops(row) for id in ids}
         rival = [p for p in own.values() if p.id not in known] if "stale_answers" in row else []
         others = [p for p in dict.fromkeys([*own.values(), *found]) if p.id not in known and p not in rival]
@@ -432,7 +434,7 @@ class RAG(Task):
         if i not in self.needed:
             row = self.rows[i]
             gold = [self._gold(id, row, {}, step) for step, ids in enumerate(hops(row)) for id in ids]
-            self.needed[i] = [clue for clue in clues(row) if any(p.holds(clue) for p in gold)]
+            self.needed[i] = clues(row, gold)
         return self.needed[i]
 
     def _fits(self, messages: list[dict[str, Any]]) -> bool:

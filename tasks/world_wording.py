@@ -6,6 +6,7 @@ Data only. {s} is a name or a phrase that describes one thing ("the town where X
 from dataclasses import dataclass
 
 from nanochat.world_more import MORE_ASKS
+from nanochat.world_text import wordings
 from tasks.world_questions import QUESTIONS
 
 
@@ -23,13 +24,9 @@ class Wording:
 
 def _wording(relation: str, query: str, train: str, test: str, of_train: str = "", of_test: str = "") -> Wording:
     """train, test: questions, in train beside the one of QUESTIONS. of_train, of_test: phrases."""
-    many = (QUESTIONS[relation], *MORE_ASKS[relation], *_cut(train))
-    asks = {"train": (QUESTIONS[relation], *_cut(train)), "many": many, "test": _cut(test)}
-    return Wording(asks, {"train": _cut(of_train), "many": _cut(of_train), "test": _cut(of_test)}, query)
-
-
-def _cut(text: str) -> tuple[str, ...]:
-    return tuple(text.split(" | ")) if text else ()
+    many = (QUESTIONS[relation], *MORE_ASKS[relation], *wordings(train))
+    asks = {"train": (QUESTIONS[relation], *wordings(train)), "many": many, "test": wordings(test)}
+    return Wording(asks, {"train": wordings(of_train), "many": wordings(of_train), "test": wordings(of_test)}, query)
 
 
 WORDINGS: dict[str, Wording] = {
@@ -208,7 +205,7 @@ class Comparison:
 
 
 def _compare(less: str, more: str, train: str, test: str) -> Comparison:
-    return Comparison(less, more, {"train": _cut(train), "many": _cut(train), "test": _cut(test)})
+    return Comparison(less, more, {"train": wordings(train), "many": wordings(train), "test": wordings(test)})
 
 
 COMPARISONS = {

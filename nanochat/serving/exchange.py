@@ -114,9 +114,8 @@ class EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def one_a_turn(message: Message) -> None:
             await send(message)
-            await asyncio.sleep(
-                0
-            )  # a broken connection is told in the loop's next turn, however much is ready to write
+            # a broken connection is told in the loop's next turn, however much is ready to write
+            await asyncio.sleep(0)
 
         try:
             await super().__call__(scope, receive, one_a_turn)
